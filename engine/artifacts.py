@@ -1,0 +1,101 @@
+"""What stays: task vectors as safetensors with metadata, every file written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from models import Model
+from models.shapes import Bool, Float
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """Heads and the values they carry: what `engine.mtv.extract` finds.
+
+    mask:          heads that are patched.
+    values:        mean activations of all heads.
+    probabilities: of each head to be patched, as the search left them.
+    metadata:      model, task, seed, settings, versions, learning curve.
+
+    >>> vector = engine.TaskVector.load("antonyms.safetensors")
+    >>> answer = engine.generate(model, "Q: big\\nA:", heads=vector.heads, values=vector.values)
+    """
+
+    mask: Bool[Tensor, "layers heads"]
+    values: Float[Tensor, "layers heads head_dim"]
+    probabilities: Float[Tensor, "layers heads"]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> list[tuple[int, int]]:
+        """The patched heads as (layer, head)."""
+        return [(layer, head) for layer, head in self.mask.nonzero().tolist()]
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError unless the vector was made with this model."""
+        made, shape = self.metadata.get("model"), tuple(self.values.shape)
+        fits = shape == (model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
+        if not fits or made != model.name:
+            raise ValueError(
+                f"the vector is of model {made!r}, values {list(shape)}; it does not fit {model.name!r}: {model.shape}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write tensors and metadata to one file. Raises OSError if the folder cannot be written."""
+        tensors = {"mask": self.mask, "values": self.values, "probabilities": self.probabilities}
+        save_tensors(path, tensors, {**self.metadata, "heads": self.heads})
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model | None = None) -> TaskVector:
+        """Read a saved vector; with `model`, also check that it is of that model.
+
+        Raises FileNotFoundError, or ValueError for a file that is broken or holds something else.
+        """
+        tensors, metadata = load_tensors(path, ("mask", "values", "probabilities"))
+        metadata.pop("heads", None)
+        vector = cls(tensors["mask"], tensors["values"], tensors["probabilities"], metadata)
+        if model is not None:
+            vector.check(model)
+        return vector
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(whole, {"headpatch": json.dumps(metadata)}))
+
+
+def load_tensors(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})["headpatch"])
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is truncated, or not a file with {', '.join(names)}: {error}") from error
+
+
+def write_whole(path: str | Path, content: bytes | str) -> None:
+    """Write a file so that its name never holds half of it: a neighbour first, then a rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise

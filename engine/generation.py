@@ -1,0 +1,157 @@
+"""Greedy answers of a patched model: the last prompt token and every new token are patched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.intervention import Heads, Mode, Patch, read_patch
+from engine.planning import MAX_TOKENS, Strategy, make_plan
+from engine.prefix import Prefix, Prompts, as_prefixes, compute
+from engine.runner import make_edit, run
+from models import KeyValues, Model, Segment
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompt: Prompts,
+    *,
+    heads: Heads = None,
+    values: Tensor | None = None,
+    mode: Mode = "replace",
+    max_new_tokens: int = 20,
+    stop: str | None = None,
+    strategy: Strategy = "auto",
+) -> str | list[str] | list[list[str]]:
+    """Answer greedily with heads patched at the last prompt token and at every generated token.
+
+    heads, values, mode, strategy: as for `engine.patch`; without heads the model answers unpatched.
+    max_new_tokens: default 20; an answer ends earlier at an end-of-text token, or where `stop` appears (cut off).
+
+    Returns one string; a list of them for several prompts or several rows; [prompts][rows] for both. Prompts and rows
+    are decoded together. Raises as `engine.patch`; ValueError if prompt and answer would exceed the model's context.
+
+    Source: Multimodal Task Vectors (arXiv 2406.15334), section 3.3, and its reference code.
+
+    >>> engine.generate(model, "Q: hot\\nA:", heads=[(10, 3)], values=means, max_new_tokens=3)
+    '...'
+    """
+    patch = read_patch(model.shape, heads, values, -1, mode)
+    several, prompts = as_prefixes(model, prompt)
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
+    if model.tokenizer is None:
+        raise ValueError(
+            f"{model.name} was wrapped without a tokenizer: answers are text, which needs wrap(..., tokenizer=)"
+        )
+    longest = max(len(p.tokens) for p in prompts)
+    if longest + max_new_tokens > model.shape.max_tokens:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
+            f"the {model.shape.max_tokens} of {model.name}"
+        )
+    # Refuses an unknown or inexact strategy before anything runs.
+    plan = make_plan(model.shape, 2, 1, [1], strategy, packing_refused=model.packing_refused)
+    answers: list[list[str]] = []
+    if plan.strategy == "packed":
+        for some in _few(prompts, patch.n_rows):
+            answers += _decode_together(model, patch, some, max_new_tokens, stop)
+    else:
+        answers = [_decode_one_by_one(model, patch, p, max_new_tokens, stop, plan.strategy) for p in prompts]
+    if patch.n_rows > 1:
+        return answers if several else answers[0]
+    return [rows[0] for rows in answers] if several else answers[0][0]
+
+
+def _few(prompts: list[Prefix], n_rows: int) -> Iterator[list[Prefix]]:
+    """Groups of prompts that one forward can take."""
+    group: list[Prefix] = []
+    size = 0
+    for prompt in prompts:
+        cost = len(prompt.tokens) + n_rows
+        if group and size + cost > MAX_TOKENS:
+            yield group
+            group, size = [], 0
+        group.append(prompt)
+        size += cost
+    yield group
+
+
+def _decode_together(
+    model: Model, patch: Patch, prompts: list[Prefix], max_new_tokens: int, stop: str | None
+) -> list[list[str]]:
+    """Rows of all prompts in one packed forward a token. A row's own tokens are patched, so their keys and values are
+    its own; the prompt's are shared.
+    """
+    answers = [[_Answer(model, stop) for _ in range(patch.n_rows)] for _ in prompts]
+    segments = []
+    for prompt in prompts:
+        split = len(prompt.tokens) - 1
+        ready = split and split <= len(prompt.cache)
+        context = prompt.cache[:split] if ready else prompt.tokens[:split]
+        segments.append(Segment(context, prompt.tokens[split:].expand(patch.n_rows, -1)))
+    live = list(range(len(prompts)))
+    for _ in range(max_new_tokens):
+        out = model.pack(segments, make_edit(model, patch, [0], 1, len(segments)), keep=True)
+        tokens = out.logits.argmax(dim=-1)  # [prompts, rows]
+        going = []
+        for index, (prompt_index, row) in enumerate(zip(live, tokens.tolist(), strict=True)):
+            unfinished = [answer.take(token) for answer, token in zip(answers[prompt_index], row, strict=True)]
+            if any(unfinished):
+                going.append(index)
+        segments = [Segment(out.contexts[i], tokens[i][:, None], out.rows[i]) for i in going]
+        live = [live[i] for i in going]
+        if not live:
+            break
+    return [[answer.text() for answer in row] for row in answers]
+
+
+def _decode_one_by_one(
+    model: Model, patch: Patch, prompt: Prefix, max_new_tokens: int, stop: str | None, strategy: Strategy
+) -> list[str]:
+    """Each row by itself, from patched forwards over the growing prompt."""
+    n_prompt = len(prompt.tokens)
+    if strategy == "expanded" and len(prompt.cache) < n_prompt - 1:
+        prompt = compute(model, [prompt.tokens], [n_prompt - 1])[0]
+    answers = []
+    for row in range(patch.n_rows):
+        answer, tokens = _Answer(model, stop), prompt.tokens
+        for _ in range(max_new_tokens):
+            positions = tuple(range(n_prompt - 1, len(tokens)))
+            plan = make_plan(model.shape, len(tokens), 1, positions, strategy)
+            grown = Prefix(tokens, prompt.cache if strategy == "expanded" else KeyValues(), model)
+            token = run(model, replace(patch.rows(row, row + 1), positions=positions), [grown], [plan])[0, 0].argmax()
+            tokens = torch.cat([tokens, token[None]])
+            if not answer.take(int(token)):
+                break
+        answers.append(answer.text())
+    return answers
+
+
+class _Answer:
+    """The tokens of one answer, until it ends."""
+
+    def __init__(self, model: Model, stop: str | None):
+        self.model = model
+        self.stop = stop
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def take(self, token: int) -> bool:
+        """Append a token unless the answer has ended; whether it goes on."""
+        if not self.ended:
+            self.ended = token in self.model.eos
+            if not self.ended:
+                self.tokens.append(token)
+                self.ended = self.stop is not None and self.stop in self._decoded()
+        return not self.ended
+
+    def text(self) -> str:
+        return self._decoded().split(self.stop)[0] if self.stop else self._decoded()
+
+    def _decoded(self) -> str:
+        return self.model.decode(torch.tensor(self.tokens, dtype=torch.long))

@@ -1,0 +1,55 @@
+"""The definition of right, and the baseline of every benchmark: one hooked forward a row, nothing shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.intervention import Heads, Mode, Patch, read_patch
+from engine.prefix import Prompts, as_prefixes
+from models import Model
+from models.shapes import Float, Int
+
+
+def patch(
+    model: Model,
+    prompt: Prompts,
+    *,
+    heads: Heads,
+    values: Tensor | None,
+    positions: int | Sequence[int] = -1,
+    mode: Mode = "replace",
+    strategy: str = "naive",
+) -> Float[Tensor, "*prompts rows vocab"]:
+    """As `engine.patch`, by R full forwards a prompt.
+
+    >>> logits = engine.naive.patch(model, "Q: hot\\nA:", heads=[(10, 3)], values=means)
+    """
+    if strategy != "naive":
+        raise ValueError(f"engine.naive.patch has one strategy, 'naive', got {strategy!r}")
+    checked = read_patch(model.shape, heads, values, positions, mode)
+    several, prompts = as_prefixes(model, prompt)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and checked.values.requires_grad):
+        logits = torch.stack([rows(model, checked, p.tokens) for p in prompts])
+    return logits if several else logits[0]
+
+
+def rows(model: Model, patch: Patch, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "rows vocab"]:
+    """One hooked forward for each row of one prompt."""
+    positions = patch.at(len(tokens))
+    logits = []
+    for row, heads in enumerate(patch.heads.to(model.device)):
+        values = (patch.values[row] if patch.values.ndim == 4 else patch.values).to(model.device, model.dtype)
+
+        def edit(layer: int, z: Tensor, heads: Tensor = heads, values: Tensor = values) -> Tensor:
+            z = z.clone()  # [1, T, H, D]
+            on = heads[layer]
+            for position in positions:
+                before = z[0, position, on] if patch.mode == "add" else 0
+                z[0, position, on] = before + values[layer, on]
+            return z
+
+        logits.append(model.forward(tokens[None], edit)[0])
+    return torch.stack(logits)

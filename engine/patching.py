@@ -1,0 +1,75 @@
+"""The verb everything else is built on: what does the model say when these heads output something else?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from engine.intervention import Heads, Mode, read_patch
+from engine.planning import Plan, Strategy, make_plan
+from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes
+from engine.runner import run
+from models import Model, PromptLike
+from models.shapes import Float
+
+
+def patch(
+    model: Model,
+    prompt: Prompts,
+    *,
+    heads: Heads,
+    values: Tensor | None,
+    positions: int | Sequence[int] = -1,
+    mode: Mode = "replace",
+    strategy: Strategy = "auto",
+) -> Float[Tensor, "*prompts rows vocab"]:
+    """Logits of the last token, for every row of heads patched: exactly those of one hooked forward a row.
+
+    prompt:    a string, token ids, a `Prompt`, or a `Prefix` from `engine.prefill`; or a list of these, of any lengths.
+    heads:     Bool[R, L, H], one row each; Bool[L, H] or a list of (layer, head): one row; None: one unpatched row.
+    values:    Float[L, H, D] for all rows, or Float[R, L, H, D], one set a row: what the heads output before W_O.
+    positions: token or tokens patched, negative ones counted from the end; the same values at each. Default: the last.
+    mode:      "replace" the heads' output, or "add" the values to it.
+    strategy:  "auto" picks the cheapest that is exact (`engine.plan` says which, and why); "packed", "expanded",
+               "batch" and "naive" are used as named, or refused.
+
+    Returns Float[R, vocab] in the model's dtype, or Float[N, R, vocab] for a list of N prompts. Differentiable with
+    respect to `values` if they require a gradient. Raises TypeError, ValueError, IndexError or UnsupportedModelError
+    before anything is computed.
+
+    Source: z of the last token replaced head by head as in Multimodal Task Vectors (arXiv 2406.15334), section 3.
+
+    >>> logits = engine.patch(model, "Q: hot\\nA:", heads=[(10, 3), (12, 0)], values=means)
+    >>> logits.shape == (1, model.shape.vocab_size)
+    True
+    """
+    checked = read_patch(model.shape, heads, values, positions, mode)
+    several, prompts = as_prefixes(model, prompt)
+    plans = [_plan(model, p, checked.n_rows, checked.at(len(p.tokens)), strategy) for p in prompts]
+    logits = run(model, checked, prompts, plans)
+    return logits if several else logits[0]
+
+
+def plan(
+    model: Model,
+    prompt: PromptLike | Prefix,
+    *,
+    rows: int = 1,
+    positions: int | Sequence[int] = -1,
+    strategy: Strategy = "auto",
+) -> Plan:
+    """What `patch` would do with `rows` rows of this prompt, and why; nothing is computed.
+
+    >>> print(engine.plan(model, "Q: hot\\nA:", rows=32))
+    packed: 32 rows of 7 tokens, 6 of them shared; 38 tokens computed in 1 pass (naive: 224); rows differ only from ...
+    """
+    checked = read_patch(model.shape, None, None, positions)
+    ready = as_prefix(model, prompt)
+    return _plan(model, ready, rows, checked.at(len(ready.tokens)), strategy)
+
+
+def _plan(model: Model, prompt: Prefix, rows: int, positions: Sequence[int], strategy: Strategy) -> Plan:
+    return make_plan(
+        model.shape, len(prompt.tokens), rows, positions, strategy, len(prompt.cache), model.packing_refused
+    )

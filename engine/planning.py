@@ -1,0 +1,99 @@
+"""From the sizes of a request to the fewest tokens that must be computed. Pure Python: no tensors, no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from models import Shape, UnsupportedModelError
+
+Strategy: TypeAlias = Literal["auto", "packed", "expanded", "batch", "naive"]
+
+# Limits of one forward. They bound memory, not results: more rows take several forwards over the same prefix.
+MAX_TOKENS = 4096
+MAX_SCORE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the rows of one prompt are run. `print(plan)` says what was chosen and why.
+
+    strategy:      "packed", "expanded", "batch" or "naive".
+    split:         tokens before it are the same in every row: the prefix.
+    rows_per_pass: rows that one forward takes.
+    n_computed:    tokens that all forwards together compute.
+    """
+
+    strategy: Strategy
+    n_tokens: int
+    n_rows: int
+    split: int
+    rows_per_pass: int
+    n_computed: int
+    reason: str
+
+    @property
+    def n_naive(self) -> int:
+        """Tokens that one full forward a row computes."""
+        return self.n_rows * self.n_tokens
+
+    def __str__(self) -> str:
+        passes = -(-self.n_rows // self.rows_per_pass)
+        return (
+            f"{self.strategy}: {self.n_rows} rows of {self.n_tokens} tokens, {self.split} of them shared; "
+            f"{self.n_computed} tokens computed in {passes} pass{'es' if passes > 1 else ''} "
+            f"(naive: {self.n_naive}); {self.reason}"
+        )
+
+
+def make_plan(
+    shape: Shape,
+    n_tokens: int,
+    n_rows: int,
+    positions: Sequence[int],
+    strategy: Strategy = "auto",
+    n_ready: int = 0,
+    packing_refused: str = "",
+) -> Plan:
+    """Choose how to run `n_rows` rows of a prompt, exactness first and cost second.
+
+    positions:       patched positions, counted from the start of the prompt.
+    n_ready:         tokens of the prompt whose keys and values are at hand.
+    packing_refused: why the model's rows cannot be packed exactly; empty if they can.
+
+    Raises ValueError for an unknown strategy, UnsupportedModelError for one that is not exact on the model.
+
+    >>> make_plan(Shape(30, 9, 3, 64, 576, 49152, 8192), n_tokens=512, n_rows=32, positions=[511]).n_computed
+    543
+    """
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
+    if strategy == "packed" and packing_refused:
+        raise UnsupportedModelError(f"strategy 'packed' is not exact on this model: {packing_refused}")
+
+    split = min(positions)
+    tail = n_tokens - split
+    whole, shared = n_rows * n_tokens, split + n_rows * tail
+    if strategy != "auto":
+        reason = "asked for"
+    elif n_rows * split <= 0.1 * whole:
+        strategy, reason = "batch", f"rows share only {split} of {n_tokens} tokens"
+    elif packing_refused:
+        strategy, reason = "expanded", f"not packed: {packing_refused}"
+    else:
+        strategy, reason = "packed", f"rows differ only from token {split} on"
+
+    if strategy == "naive":
+        return Plan(strategy, n_tokens, n_rows, 0, 1, whole, reason)
+    if strategy == "batch":
+        return Plan(strategy, n_tokens, n_rows, 0, _at_most(n_rows, MAX_TOKENS // n_tokens), whole, reason)
+    rows_per_pass = MAX_TOKENS // tail
+    if strategy == "packed":  # fp32 scores of one row against prefix and itself
+        rows_per_pass = min(rows_per_pass, MAX_SCORE_BYTES // (4 * shape.n_heads * tail * n_tokens))
+    computed = shared - min(n_ready, split)
+    return Plan(strategy, n_tokens, n_rows, split, _at_most(n_rows, rows_per_pass), computed, reason)
+
+
+def _at_most(n_rows: int, limit: int) -> int:
+    return max(1, min(n_rows, limit))

@@ -1,0 +1,102 @@
+"""A task is a list of input/output pairs, shipped as data or read from a JSONL file of one's own."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.tasks.scoring import Example
+
+DATA = Path(__file__).parent / "data"
+SHIPPED = ("antonyms", "past_tense")
+
+
+class Pair(NamedTuple):
+    input: str
+    output: str
+
+
+class Split(NamedTuple):
+    train: list[Pair]
+    validation: list[Pair]
+    test: list[Pair]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pairs under the template "Q: {input}\\nA: {output}\\n\\n" of Function Vectors (arXiv 2310.15213).
+
+    >>> task = engine.tasks.load("antonyms")
+    >>> task.prompt([Pair("hot", "cold")], "big")
+    'Q: hot\\nA: cold\\n\\nQ: big\\nA:'
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+
+    def split(self, seed: int = 0) -> Split:
+        """Half to train on, a fifth to validate, the rest to test; shuffled by the seed."""
+        pairs = list(self.pairs)
+        random.Random(seed).shuffle(pairs)
+        first, second = round(0.5 * len(pairs)), round(0.7 * len(pairs))
+        return Split(pairs[:first], pairs[first:second], pairs[second:])
+
+    def prompt(self, shots: Sequence[Pair], query: str) -> str:
+        return "".join(f"Q: {x}\nA: {y}\n\n" for x, y in shots) + f"Q: {query}\nA:"
+
+    def example(self, query: Pair, shots: Sequence[Pair] = ()) -> Example:
+        return Example(self.prompt(shots, query.input), f" {query.output}")
+
+    def few_shot(self, pairs: Sequence[Pair], shots: int, count: int, seed: int = 0) -> list[Example]:
+        """`count` prompts of `shots` demonstrations each; a query is never among its own demonstrations."""
+        if len(pairs) <= shots:
+            raise ValueError(
+                f"{shots} shots and a query need {shots + 1} pairs, task {self.name!r} has {len(pairs)} here"
+            )
+        draw = random.Random(seed)
+        drawn = [draw.sample(list(pairs), shots + 1) for _ in range(count)]
+        return [self.example(query, demonstrations) for *demonstrations, query in drawn]
+
+    def queries(
+        self, pairs: Sequence[Pair], demonstrations: Sequence[Pair], shots: int, seed: int = 0
+    ) -> list[Example]:
+        """Each of `pairs` as a query after `shots` demonstrations drawn from others."""
+        draw = random.Random(seed)
+        return [self.example(q, draw.sample([d for d in demonstrations if d != q], shots)) for q in pairs]
+
+
+def load(name: str | Path) -> Task:
+    """A shipped task by name ("antonyms", "past_tense"), or a JSONL file of {"input": ..., "output": ...} lines.
+
+    Raises FileNotFoundError for an unknown name or missing file, ValueError naming the line that is broken.
+
+    >>> len(engine.tasks.load("past_tense").pairs) > 100
+    True
+    """
+    path = DATA / f"{name}.jsonl" if str(name) in SHIPPED else Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no task {str(name)!r}: expected one of {', '.join(SHIPPED)}, or a JSONL file of pairs"
+        )
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = tuple(_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip())
+    if len(pairs) < 10:
+        raise ValueError(f"{path} has {len(pairs)} pairs: a task needs at least 10 to be split")
+    return Task(path.stem, pairs)
+
+
+def _pair(line: str, path: Path, number: int) -> Pair:
+    try:
+        record = json.loads(line)
+        pair = Pair(record["input"], record["output"])
+    except (ValueError, TypeError, KeyError):
+        pair = Pair("", "")
+    if not all(isinstance(side, str) and side.strip() for side in pair):
+        raise ValueError(
+            f'{path}, line {number}: expected {{"input": "...", "output": "..."}}, got {line.strip()[:80]!r}'
+        )
+    return pair

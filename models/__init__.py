@@ -1,0 +1,28 @@
+"""Models behind one small interface: `models.load(name)` opens one, `models.wrap(hf_model)` takes one in memory."""
+
+from models.interface import (
+    Edit,
+    KeyValues,
+    Model,
+    Packed,
+    Prompt,
+    PromptLike,
+    Segment,
+    Shape,
+    UnsupportedModelError,
+)
+from models.opening import load, wrap
+
+__all__ = [
+    "Edit",
+    "KeyValues",
+    "Model",
+    "Packed",
+    "Prompt",
+    "PromptLike",
+    "Segment",
+    "Shape",
+    "UnsupportedModelError",
+    "load",
+    "wrap",
+]

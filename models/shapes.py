@@ -1,0 +1,18 @@
+"""Shape annotations, `Float[Tensor, "rows vocab"]`, checked at run time in the tests only.
+
+jaxtyping is not needed to run: every module reads annotations lazily, so without it the names may be anything.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+else:
+    try:
+        from jaxtyping import Bool, Float, Int
+    except ImportError:
+        Bool = Float = Int = Any
+
+__all__ = ["Bool", "Float", "Int"]
