@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,6 +111,7 @@ class Packed:
     rows: list[KeyValues] = field(default_factory=list)
 
 
+@runtime_checkable
 class Model(Protocol):
     """The one interface behind which the backends stand."""
 

@@ -93,6 +93,19 @@ def tiny(family: str) -> Any:
     return _random(name, **fields)
 
 
+def tiny_tokenizer() -> Any:
+    """A tokenizer of the tiny models' 97 tokens: one for each printable ASCII character, newline, and unknown."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["<unk>", "\n", *map(chr, range(32, 127))]
+    backend = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
 def _random(family: str, **fields: Any) -> Any:
     import transformers
 

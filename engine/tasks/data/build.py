@@ -117,51 +117,11 @@ REGULAR_ANYWAY = {"work", "show", "prove"}
 # Past equals base, two usual pasts, spelling that differs between countries, or hardly
 # ever a verb.
 SKIP_VERBS = set(
-    [
-        "put",
-        "let",
-        "read",
-        "set",
-        "hit",
-        "cut",
-        "cost",
-        "hurt",
-        "spread",
-        "cast",
-        "burst",
-        "split",
-        "quit",
-        "rid",
-        "shed",
-        "shut",
-        "thrust",
-        "bet",
-        "wed",
-        "knit",
-        "wet",
-        "sweat",
-        "upset",
-        "broadcast",
-        "forecast",
-        "fit",
-        "benefit",
-        "travel",
-        "cancel",
-        "label",
-        "level",
-        "signal",
-        "model",
-        "total",
-        "fuel",
-        "equal",
-        "quarrel",
-        "worship",
-        "kidnap",
-        "format",
-        "combat",
-        "stem",
-        "pat",
-    ]
+    """
+put let read set hit cut cost hurt spread cast burst split quit rid shed shut thrust bet
+wed knit wet sweat upset broadcast forecast fit benefit travel cancel label level signal
+model total fuel equal quarrel worship kidnap format combat stem pat
+""".split()
 )
 
 

@@ -1,0 +1,70 @@
+"""Shapes and types of every call are checked while the tests run; tiny random models of several families.
+
+Tests of bad input (test_bad_input*.py) need the engine's own errors, which the checker would pre-empt: they run by
+themselves, `CHECK_TYPES=0 pytest`, as `make test` does.
+"""
+
+import os
+from contextlib import nullcontext
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+CHECKED = os.environ.get("CHECK_TYPES", "1") != "0"
+collect_ignore_glob = ["*/test_bad_input*"] if CHECKED else ["*/test_[!b]*", "*/test_b[!a]*"]
+
+with install_import_hook(["engine", "models"], "beartype.beartype") if CHECKED else nullcontext():
+    import engine
+    import models
+    from models import zoo
+
+FAMILIES = ("llama", "gpt2", "qwen3", "mistral")
+PACKED = ("llama", "gpt2", "qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(family) -> a wrapped tiny random model with a tokenizer of one token a character; made once."""
+    made = {}
+
+    def make(family="llama"):
+        if family not in made:
+            made[family] = models.wrap(zoo.tiny(family), zoo.tiny_tokenizer(), name=f"tiny-{family}")
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(tiny):
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model the demo runs on."""
+    return models.load("smollm2-135m")
+
+
+@pytest.fixture
+def random():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def draw(random):
+    """draw(model, rows) -> random masks and values of the model's shape."""
+
+    def make(model, rows=5, p=0.4, per_row=False):
+        s = model.shape
+        masks = torch.rand(rows, s.n_layers, s.n_heads, generator=random) < p
+        lead = (rows,) if per_row else ()
+        return masks, torch.randn(*lead, s.n_layers, s.n_heads, s.head_dim, generator=random)
+
+    return make
+
+
+__all__ = ["FAMILIES", "PACKED", "engine"]
