@@ -8,6 +8,7 @@ logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
 from engine import naive
 from engine.activations import capture, mean_activations
 from engine.artifacts import TaskVector
+from engine.evaluation import Score, evaluate
 from engine.generation import generate
 from engine.intervention import Patch
 from engine.methods import mtv
@@ -22,9 +23,11 @@ __all__ = [
     "Plan",
     "Prefix",
     "PrefixPool",
+    "Score",
     "Task",
     "TaskVector",
     "capture",
+    "evaluate",
     "generate",
     "mean_activations",
     "mtv",

@@ -42,8 +42,10 @@ def generate(
     """
     patch = read_patch(model.shape, heads, values, -1, mode)
     several, prompts = as_prefixes(model, prompt)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
+    if stop == "":
+        raise ValueError("stop must be text that ends an answer, or None, got ''")
     if model.tokenizer is None:
         raise ValueError(
             f"{model.name} was wrapped without a tokenizer: answers are text, which needs wrap(..., tokenizer=)"

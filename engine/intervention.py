@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -66,10 +67,14 @@ def read_patch(
     mask = read_heads(shape, heads)
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
-    at = (positions,) if isinstance(positions, int) else tuple(positions)
+    return Patch(mask, read_values(shape, values, mask), read_positions(positions), mode)
+
+
+def read_positions(positions: int | Sequence[int]) -> tuple[int, ...]:
+    at = (positions,) if isinstance(positions, int) else tuple(positions) if isinstance(positions, Sequence) else ()
     if not at or not all(isinstance(p, int) and not isinstance(p, bool) for p in at):
         raise TypeError(f"positions must be an int or a list of ints, got {positions!r}")
-    return Patch(mask, read_values(shape, values, mask), at, mode)
+    return at
 
 
 def read_heads(shape: Shape, heads: Heads) -> Bool[Tensor, "rows layers heads"]:
@@ -77,6 +82,8 @@ def read_heads(shape: Shape, heads: Heads) -> Bool[Tensor, "rows layers heads"]:
     if heads is None:
         return torch.zeros(1, n_layers, n_heads, dtype=torch.bool)
     if not isinstance(heads, Tensor):
+        if not isinstance(heads, Iterable):
+            raise TypeError(f"heads must be a bool mask or a list of (layer, head), got {heads!r}")
         return _mask_of_pairs(shape, list(heads))[None]
     if heads.dtype != torch.bool:
         raise TypeError(f"heads must be a bool mask or a list of (layer, head), got a tensor of {heads.dtype}")
@@ -92,7 +99,7 @@ def _mask_of_pairs(shape: Shape, pairs: list[Any]) -> Bool[Tensor, "layers heads
     mask = torch.zeros(shape.n_layers, shape.n_heads, dtype=torch.bool)
     for pair in pairs:
         try:
-            layer, head = (int(i) for i in pair)
+            layer, head = (index(i) for i in pair)
         except (TypeError, ValueError):
             raise TypeError(f"heads must be a bool mask or a list of (layer, head), got {pair!r} in the list") from None
         if not 0 <= layer < shape.n_layers:

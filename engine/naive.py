@@ -31,6 +31,8 @@ def patch(
         raise ValueError(f"engine.naive.patch has one strategy, 'naive', got {strategy!r}")
     checked = read_patch(model.shape, heads, values, positions, mode)
     several, prompts = as_prefixes(model, prompt)
+    for one in prompts:
+        checked.at(len(one.tokens))  # before anything runs
     with torch.set_grad_enabled(torch.is_grad_enabled() and checked.values.requires_grad):
         logits = torch.stack([rows(model, checked, p.tokens) for p in prompts])
     return logits if several else logits[0]

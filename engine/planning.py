@@ -62,13 +62,15 @@ def make_plan(
     n_ready:         tokens of the prompt whose keys and values are at hand.
     packing_refused: why the model's rows cannot be packed exactly; empty if they can.
 
-    Raises ValueError for an unknown strategy, UnsupportedModelError for one that is not exact on the model.
+    Raises ValueError for an unknown strategy or no rows, UnsupportedModelError for one that is not exact on the model.
 
     >>> make_plan(Shape(30, 9, 3, 64, 576, 49152, 8192), n_tokens=512, n_rows=32, positions=[511]).n_computed
     543
     """
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
+    if not isinstance(n_rows, int) or n_rows < 1:
+        raise ValueError(f"rows must be a positive integer, got {n_rows!r}")
     if strategy == "packed" and packing_refused:
         raise UnsupportedModelError(f"strategy 'packed' is not exact on this model: {packing_refused}")
 

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from engine.intervention import read_patch
 from engine.planning import MAX_TOKENS
 from models import KeyValues, Model, PromptLike
 from models.shapes import Int
@@ -63,11 +64,8 @@ def prefill(model: Model, prompt: PromptLike, positions: int | Sequence[int] = -
     1
     """
     tokens = model.encode(prompt)
-    first = (positions,) if isinstance(positions, int) else tuple(positions)
-    for p in first:
-        if not -len(tokens) <= p < len(tokens):
-            raise IndexError(f"position {p} lies outside the prompt, which has {len(tokens)} tokens")
-    return compute(model, [tokens], [min(p % len(tokens) for p in first)])[0]
+    first = read_patch(model.shape, None, None, positions).at(len(tokens))[0]
+    return compute(model, [tokens], [first])[0]
 
 
 @torch.no_grad()

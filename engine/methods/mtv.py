@@ -113,18 +113,27 @@ def extract(
     steps = chosen.steps if steps is None else steps
     if steps < 1 or rollouts < 2 or not lr > 0:
         raise ValueError(f"expected steps >= 1, rollouts >= 2, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr}")
+    if checkpoint_every < 1:
+        raise ValueError(f"expected checkpoint_every >= 1, got checkpoint_every={checkpoint_every}")
     if not examples:
         raise ValueError("no examples were given")
     shape = (model.shape.n_layers, model.shape.n_heads)
     means = read_values(model.shape, means, torch.ones(1, *shape, dtype=torch.bool))
+    if means.ndim != 3:
+        raise ValueError(f"means must have shape {[*shape, model.shape.head_dim]}, got {list(means.shape)}")
     targets = [first_token(model, example) for example in examples]
     pool = PrefixPool(model, [example.prompt for example in examples])
+    for example in validation or ():  # what is wrong with them is said now, not after the search
+        first_token(model, example)
+        model.encode(example.prompt)
 
     settings = dict(preset=preset, rollouts=rollouts, lr=lr, seed=seed)
     search = Search(chosen, shape, lr, seed)
     identity = _identity(model, means, pool.prompts, targets, settings)
     if checkpoint is not None:
         search.resume(checkpoint, identity)
+        if search.step > steps:
+            raise ValueError(f"checkpoint {checkpoint} is of {search.step} steps, more than the {steps} asked for")
 
     for step in track(range(search.step, steps), f"MTV-EXTRACT ({rollouts} rollouts a step)", progress and not on_step):
         started = time.perf_counter()

@@ -45,7 +45,8 @@ class Task:
         first, second = round(0.5 * len(pairs)), round(0.7 * len(pairs))
         return Split(pairs[:first], pairs[first:second], pairs[second:])
 
-    def prompt(self, shots: Sequence[Pair], query: str) -> str:
+    @staticmethod
+    def prompt(shots: Sequence[Pair], query: str) -> str:
         return "".join(f"Q: {x}\nA: {y}\n\n" for x, y in shots) + f"Q: {query}\nA:"
 
     def example(self, query: Pair, shots: Sequence[Pair] = ()) -> Example:
@@ -66,7 +67,13 @@ class Task:
     ) -> list[Example]:
         """Each of `pairs` as a query after `shots` demonstrations drawn from others."""
         draw = random.Random(seed)
-        return [self.example(q, draw.sample([d for d in demonstrations if d != q], shots)) for q in pairs]
+        examples = []
+        for query in pairs:
+            others = [d for d in demonstrations if d != query]
+            if len(others) < shots:
+                raise ValueError(f"{shots} shots need as many pairs, task {self.name!r} has {len(others)} here")
+            examples.append(self.example(query, draw.sample(others, shots)))
+        return examples
 
 
 def load(name: str | Path) -> Task:

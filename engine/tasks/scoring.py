@@ -35,6 +35,8 @@ def first_token(model: Model, example: Example) -> int:
     text = prompt.text if isinstance(prompt, Prompt) else prompt
     if not answer or not isinstance(text, str):
         raise ValueError(f"an answer must be text after a text prompt, or a token id, got {example!r}")
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} was wrapped without a tokenizer: give token ids, or wrap(..., tokenizer=)")
     before = model.tokenizer(text)["input_ids"]
     after = model.tokenizer(text + answer)["input_ids"]
     if after[: len(before)] != before or len(after) == len(before):  # prompt and answer merge into one token

@@ -1,0 +1,30 @@
+"""The loop everybody writes: one full forward a rollout, with hooks on the output projections. Plain transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def patched_logits(
+    hf: Any, projections: list[Any], ids: Tensor, mask: Tensor, values: Tensor, position: int = -1
+) -> Tensor:
+    """Last-token logits with masked heads replaced at one position: mask [L, H], values [L, H, D]."""
+
+    def hook(layer: int) -> Any:
+        def pre(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = args[0].clone().unflatten(-1, values.shape[1:])  # [1, T, H, D]
+            z[0, position, mask[layer]] = values[layer, mask[layer]]
+            return (z.flatten(-2), *args[1:])
+
+        return pre
+
+    handles = [p.register_forward_pre_hook(hook(layer)) for layer, p in enumerate(projections)]
+    try:
+        return hf(input_ids=ids[None]).logits[0, -1]
+    finally:
+        for handle in handles:
+            handle.remove()
