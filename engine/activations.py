@@ -83,7 +83,7 @@ def _stream(
 
 
 def _capture(
-    model: Model, few: list[tuple[Int[Tensor, " tokens"], list[int]]]
+    model: Model, few: list[tuple[Int[Tensor, " _"], list[int]]]
 ) -> Float[Tensor, "some positions layers heads head_dim"]:
     """One forward. Prompts are packed with one unpatched row each, from the first wanted position on."""
     starts = [0 if model.packing_refused else min(at) for _, at in few]

@@ -62,6 +62,7 @@ def extract(
     A run that is stopped, at any moment, goes on where it was when it is started again.
     """
     with plain_errors():
+        mtv.read_options(preset, steps, rollouts)
         opened = tasks.load(task)
         split = opened.split(seed)
         folder = folder or Path("out") / opened.name

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from engine.intervention import read_patch
-from engine.planning import MAX_TOKENS
 from models import KeyValues, Model, PromptLike
 from models.shapes import Int
+
+
+GROUP_TOKENS = 1024  # of the neighbours in a pool that are computed together
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,12 @@ class PrefixPool:
         self.prompts = [model.encode(prompt) for prompt in prompts]
         self._group_of: list[int] = []
         self._groups: list[list[int]] = []
-        size = MAX_TOKENS
+        size = 0
         for index, tokens in enumerate(self.prompts):
-            if size + len(tokens) > MAX_TOKENS // 4:
-                self._groups.append([])
-                size = 0
             size += len(tokens)
+            if not self._groups or size > GROUP_TOKENS:
+                self._groups.append([])
+                size = len(tokens)
             self._groups[-1].append(index)
             self._group_of.append(len(self._groups) - 1)
         self._ready: OrderedDict[int, list[Prefix]] = OrderedDict()

@@ -132,7 +132,7 @@ class HuggingFace:
         rows = out.logits[0].unflatten(0, (len(segments), layout.n_rows if logits else 0))
         return Packed(rows, layout.contexts, layout.rows) if keep else Packed(rows)
 
-    def prefill(self, prompts: Sequence[Int[Tensor, " tokens"]]) -> list[KeyValues]:
+    def prefill(self, prompts: Sequence[Int[Tensor, " _"]]) -> list[KeyValues]:
         if not self.packing_refused:
             none = torch.empty(0, 0, dtype=torch.long, device=self.device)
             return self.pack([Segment(ids, none) for ids in prompts], keep=True).contexts

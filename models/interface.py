@@ -152,6 +152,6 @@ class Model(Protocol):
         """
         ...
 
-    def prefill(self, prompts: Sequence[Int[Tensor, " tokens"]]) -> list[KeyValues]:
+    def prefill(self, prompts: Sequence[Int[Tensor, " _"]]) -> list[KeyValues]:
         """Keys and values of each prompt's tokens, unpatched."""
         ...

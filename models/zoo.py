@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -34,7 +35,7 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     try:
         with _without_bars() if isinstance(folder, Path) else nullcontext():
             return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(folder, Path):
             raise OSError(f"the cached model in {folder} does not load; delete that folder and try again") from error
         raise FileNotFoundError(

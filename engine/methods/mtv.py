@@ -107,14 +107,7 @@ def extract(
     >>> vector.mask.shape == (model.shape.n_layers, model.shape.n_heads)
     True
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
-    chosen = PRESETS[preset]
-    steps = chosen.steps if steps is None else steps
-    if steps < 1 or rollouts < 2 or not lr > 0:
-        raise ValueError(f"expected steps >= 1, rollouts >= 2, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr}")
-    if checkpoint_every < 1:
-        raise ValueError(f"expected checkpoint_every >= 1, got checkpoint_every={checkpoint_every}")
+    chosen, steps = read_options(preset, steps, rollouts, lr)
     if not examples:
         raise ValueError("no examples were given")
     shape = (model.shape.n_layers, model.shape.n_heads)
@@ -161,6 +154,17 @@ def extract(
         versions=_versions(),
     )
     return TaskVector(mask, means.detach().float().cpu(), search.probabilities(), metadata)
+
+
+def read_options(preset: str, steps: int | None, rollouts: int, lr: float = 0.1) -> tuple[Preset, int]:
+    """The preset of that name, and the number of steps to make. Raises ValueError for what cannot be run."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    chosen = PRESETS[preset]
+    steps = chosen.steps if steps is None else steps
+    if steps < 1 or rollouts < 2 or not lr > 0:
+        raise ValueError(f"expected steps >= 1, rollouts >= 2, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr}")
+    return chosen, steps
 
 
 class Search:

@@ -1,0 +1,88 @@
+"""The command line end to end on the real model, small: files, answers, and errors told in one line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from engine import TaskVector
+from engine.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a small `extract` on a task file of one's own leaves behind."""
+    folder = tmp_path_factory.mktemp("extract")
+    words = ["one two", "three four", "five six", "seven eight", "nine ten", "up down", "in out", "on off"] * 2
+    lines = [json.dumps({"input": f"{i} {w.split()[0]}", "output": w.split()[1]}) for i, w in enumerate(words)]
+    (folder / "mine.jsonl").write_text("\n".join(lines))
+    options = dict(task=folder / "mine.jsonl", steps=3, shots=2, prompts=4, rollouts=4, out=folder / "out")
+    options["icl-shots"] = 2
+    result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
+    assert result.exit_code == 0, result.output
+    assert "zero-shot + MTV" in result.output
+    return folder / "out"
+
+
+def test_extract_leaves_whole_files(folder):
+    assert sorted(p.name for p in folder.iterdir()) == ["curve.png", "heads.png", "results.json", "vector.safetensors"]
+    results = json.loads((folder / "results.json").read_text())
+    assert [score["name"] for score in results["scores"]] == ["zero-shot", "2-shot ICL", "zero-shot + MTV"]
+    assert len(results["losses"]) == results["steps"] == 3
+    vector = TaskVector.load(folder / "vector.safetensors")
+    assert [tuple(head) for head in results["heads"]] == vector.heads
+    assert vector.metadata["task"] == "mine"
+    for picture in ("heads.png", "curve.png"):
+        with Image.open(folder / picture) as image:
+            assert image.width > 300
+
+
+def test_apply_and_info(folder):
+    result = run("apply", folder / "vector.safetensors", "up", "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert "with the vector" in result.output
+    result = run("info", folder / "vector.safetensors")
+    assert result.exit_code == 0
+    assert "smollm2-135m" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["extract", "--task", "synonyms"], "no task 'synonyms'"),
+        (["extract", "--preset", "thesis", "--out", "OUT"], "preset must be one of"),
+        (["extract", "--model", "gpt-17"], "cannot open the model 'gpt-17'"),
+        (["extract", "--shots", "1000"], "1000 shots"),
+        (["apply", "missing.safetensors", "hot"], "no such file"),
+        (["info", __file__], "truncated"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, monkeypatch, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_unwritable_out(tmp_path):
+    """Said before the model is opened: nothing is computed for results that could not be kept."""
+    (tmp_path / "file").write_text("")
+    result = run("extract", "--out", tmp_path / "file")
+    assert result.exit_code == 1
+    assert "is a file, expected a folder" in result.output
+
+
+def test_help_starts_without_the_libraries_it_does_not_need():
+    """`import engine` is light: plotting and statistics are imported where they are used."""
+    heavy = ("matplotlib", "scipy", "typer", "nnsight", "transformer_lens")
+    code = f"import sys, engine, models; print([m for m in {heavy} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
