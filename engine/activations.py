@@ -58,7 +58,6 @@ def mean_activations(
     return (total / count).float()
 
 
-@torch.no_grad()
 def _stream(
     model: Model, prompts: Iterable[PromptLike], positions: tuple[int, ...], progress: bool
 ) -> Iterator[Float[Tensor, "some positions layers heads head_dim"]]:
@@ -82,6 +81,7 @@ def _stream(
         yield _capture(model, few)
 
 
+@torch.no_grad()
 def _capture(
     model: Model, few: list[tuple[Int[Tensor, " _"], list[int]]]
 ) -> Float[Tensor, "some positions layers heads head_dim"]:

@@ -62,7 +62,7 @@ def plan(
     """What `patch` would do with `rows` rows of this prompt, and why; nothing is computed.
 
     >>> print(engine.plan(model, "Q: hot\\nA:", rows=32))
-    packed: 32 rows of 7 tokens, 6 of them shared; 38 tokens computed in 1 pass (naive: 224); rows differ only from ...
+    packed: 32 rows of 6 tokens, 5 of them shared; 37 tokens computed in 1 pass (naive: 192); rows differ only from ...
     """
     checked = read_patch(model.shape, None, None, positions)
     ready = as_prefix(model, prompt)

@@ -14,7 +14,6 @@ from engine.intervention import read_patch
 from models import KeyValues, Model, PromptLike
 from models.shapes import Int
 
-
 GROUP_TOKENS = 1024  # of the neighbours in a pool that are computed together
 
 

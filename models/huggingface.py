@@ -244,13 +244,9 @@ def why_not_packed(hf: nn.Module, config: Any) -> str:
     """Why packed rows would not be exact; empty if they are. Refuses what it does not know to be right."""
     if not getattr(hf, "_supports_attention_backend", False):
         return f"{type(hf).__name__} does not go through transformers' attention interface"
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
-        return f"it has layers of {', '.join(sorted(kinds))}, whose masks packed rows do not follow"
-    if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None):
-        return "its attention has a sliding window, which packed rows do not follow"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "its attention scores are soft-capped, which packed rows do not follow"
+        return f"it has layers of {', '.join(sorted(kinds))}, which packed rows do not follow"
     if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
         return "its rotary positions have several axes"
     return ""

@@ -15,14 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.interface import KeyValues, Segment
-from models.shapes import Float, Int
+from models.shapes import Bool, Float, Int
 
 NAME = "headpatch_packed"
 
@@ -74,6 +76,24 @@ def packed_attention(config: Any, layout: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+@dataclass(frozen=True)
+class Rule:
+    """How a layer scores: query i sees keys j <= i and i - j < window; scores are scaled, then capped."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        scores = (q * self.scale) @ k.mT
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
+    def sees(self, n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
+        """Of the last `n_queries` of `n_keys` tokens."""
+        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
+        return mask if self.window is None else mask.triu(n_keys - n_queries + 1 - self.window)
+
+
 def attend(
     module: nn.Module,
     query: Float[Tensor, "1 heads sequence head_dim"],
@@ -81,11 +101,13 @@ def attend(
     value: Float[Tensor, "1 kv_heads sequence head_dim"],
     attention_mask: None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 sequence heads head_dim"], None]:
     layout = _layout.get()
     layer: int = module.layer_idx  # type: ignore[assignment]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     contexts, rows = [], []
     start, row = 0, layout.first_row
     for index, segment in enumerate(layout.segments):
@@ -96,7 +118,7 @@ def attend(
             start = here.stop
             k, v = key[0, :, here], value[0, :, here]
             if segment.n_computed:
-                contexts.append(_causal(query[:, :, here], k[None], v[None], scale).transpose(1, 2))
+                contexts.append(_causal(query[:, :, here], k[None], v[None], rule).transpose(1, 2))
             if layout.keep:
                 # Copies: a slice of the packed sequence would keep all of it, the rows too, in memory.
                 layout.contexts[index].keys.append(k.clone())
@@ -117,9 +139,9 @@ def attend(
             layout.rows[index].keys.append(own_k)
             layout.rows[index].values.append(own_v)
         if segment.n_context or segment.past is not None:
-            z = _rows(q, k, v, own_k, own_v, scale)
+            z = _rows(q, k, v, own_k, own_v, rule)
         else:
-            z = _causal(q, own_k, own_v, scale)
+            z = _causal(q, own_k, own_v, rule)
         rows.append(z.transpose(1, 2).flatten(0, 1)[None])  # [1, R*K, H, D]
     return torch.cat([*contexts, *rows], dim=1), None
 
@@ -128,10 +150,18 @@ def _causal(
     q: Float[Tensor, "batch heads tokens head_dim"],
     k: Float[Tensor, "batch kv_heads tokens head_dim"],
     v: Float[Tensor, "batch kv_heads tokens head_dim"],
-    scale: float,
+    rule: Rule,
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=grouped)
+    """Plain causal attention of sequences that see nothing before them."""
+    n_tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    if rule.softcap is not None:  # no fused attention caps scores
+        scores = rule.scores(q, k.repeat_interleave(group, dim=1))
+        scores = scores.masked_fill(~rule.sees(n_tokens, n_tokens, q.device), float("-inf"))
+        return _softmax(scores, v.dtype) @ v.repeat_interleave(group, dim=1)
+    short = rule.window is None or n_tokens <= rule.window
+    mask = None if short else rule.sees(n_tokens, n_tokens, q.device)
+    causal = short and n_tokens > 1
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=rule.scale, enable_gqa=group > 1)
 
 
 def _rows(
@@ -140,25 +170,33 @@ def _rows(
     v: Float[Tensor, "kv_heads context head_dim"],
     own_k: Float[Tensor, "rows kv_heads seen head_dim"],
     own_v: Float[Tensor, "rows kv_heads seen head_dim"],
-    scale: float,
+    rule: Rule,
 ) -> Float[Tensor, "rows heads tokens head_dim"]:
     """softmax([q k^T | q own_k^T]) [v | own_v]: the context is one matrix for all rows and is never copied.
 
     Query heads that share a key/value head are folded into its rows: [Hkv, R*G*K, D] @ [Hkv, D, S].
     """
-    n_rows, n_heads, n_tokens, _ = q.shape
-    n_kv, n_context, n_seen = k.shape[0], k.shape[1], own_k.shape[2]
-    group = n_heads // n_kv
-    q = (q * scale).unflatten(1, (n_kv, group)).flatten(2, 3)  # [R, Hkv, G*K, D]
-    folded = q.transpose(0, 1).flatten(1, 2)  # [Hkv, R*G*K, D]
-    seen = folded @ k.transpose(1, 2)  # [Hkv, R*G*K, S]
-    own = q @ own_k.transpose(2, 3)  # [R, Hkv, G*K, n_seen]
-    if n_tokens > 1:  # token i of a row sees its own tokens up to i
-        future = torch.ones(n_tokens, n_seen, dtype=torch.bool, device=q.device).triu(n_seen - n_tokens + 1)
-        own = own.masked_fill(future.repeat(group, 1), float("-inf"))
-    own = own.transpose(0, 1).flatten(1, 2)  # [Hkv, R*G*K, n_seen]
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    weights = torch.cat([seen, own], dim=-1).softmax(dim=-1, dtype=accumulate).to(v.dtype)
-    z = (weights[..., :n_context] @ v).unflatten(1, (n_rows, -1)).transpose(0, 1)  # [R, Hkv, G*K, D]
-    own = weights[..., n_context:].unflatten(1, (n_rows, -1)).transpose(0, 1)  # [R, Hkv, G*K, n_seen]
-    return (z + own @ own_v).unflatten(2, (group, n_tokens)).flatten(1, 2)
+    n_tokens, n_seen = q.shape[2], own_k.shape[2]
+    if rule.window is not None:  # what the first of the tokens no longer sees, none does
+        out_of_sight = max(0, k.shape[1] + n_seen - n_tokens + 1 - rule.window)
+        k, v = k[:, out_of_sight:], v[:, out_of_sight:]
+    n_context = k.shape[1]
+    sizes = {"kv": k.shape[0], "k": n_tokens}
+    q = rearrange(q, "r (kv g) k d -> r kv (g k) d", **sizes)
+    seen = rule.scores(rearrange(q, "r kv gk d -> kv (r gk) d"), k)  # [Hkv, R*G*K, S]
+    own = rule.scores(q, own_k)  # [R, Hkv, G*K, n_seen]
+    scores = torch.cat([seen, rearrange(own, "r kv gk s -> kv (r gk) s")], dim=-1)
+    # Token i of a row sees its own tokens up to i, and no further back than the window.
+    if n_tokens > 1 or (rule.window is not None and n_seen > rule.window):
+        hidden = ~rule.sees(n_tokens, n_context + n_seen, q.device)
+        scores = scores.masked_fill(hidden.repeat(scores.shape[1] // n_tokens, 1), float("-inf"))
+    weights = _softmax(scores, v.dtype)
+    by_context, by_own = weights[..., :n_context], weights[..., n_context:]
+    z = rearrange(by_context @ v, "kv (r gk) d -> r kv gk d", r=len(q))
+    z = z + rearrange(by_own, "kv (r gk) s -> r kv gk s", r=len(q)) @ own_v
+    return rearrange(z, "r kv (g k) d -> r (kv g) k d", **sizes)
+
+
+def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """At least in float32, as fused attention accumulates; float64 stays float64."""
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)

@@ -13,8 +13,11 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+# Tests run side by side, a thread each: two that share two cores by two threads wait for each other at every product.
+torch.set_num_threads(1)
+
 CHECKED = os.environ.get("CHECK_TYPES", "1") != "0"
-collect_ignore_glob = ["*/test_bad_input*"] if CHECKED else ["*/test_[!b]*", "*/test_b[!a]*"]
+collect_ignore_glob = ["*/test_bad_input*"] if CHECKED else ["test_*", "*/test_[!b]*", "*/test_b[!a]*"]
 
 with install_import_hook(["engine", "models"], "beartype.beartype") if CHECKED else nullcontext():
     import engine
@@ -23,16 +26,21 @@ with install_import_hook(["engine", "models"], "beartype.beartype") if CHECKED e
 
 FAMILIES = ("llama", "gpt2", "qwen3", "mistral")
 PACKED = ("llama", "gpt2", "qwen3")
+# Families, and a model whose rows are not packed, whatever the families allow.
+KINDS = (*FAMILIES, "unpacked")
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """tiny(family) -> a wrapped tiny random model with a tokenizer of one token a character; made once."""
+    """A function of the family: a wrapped tiny random model with a tokenizer of one token a character, made once."""
     made = {}
 
     def make(family="llama"):
         if family not in made:
-            made[family] = models.wrap(zoo.tiny(family), zoo.tiny_tokenizer(), name=f"tiny-{family}")
+            hf = zoo.tiny("mistral" if family == "unpacked" else family)
+            made[family] = models.wrap(hf, zoo.tiny_tokenizer(), name=f"tiny-{family}")
+            if family == "unpacked":
+                made[family].packing_refused = "the tests say so"
         return made[family]
 
     return make
@@ -56,7 +64,7 @@ def random():
 
 @pytest.fixture
 def draw(random):
-    """draw(model, rows) -> random masks and values of the model's shape."""
+    """A function of the model and the number of rows: random masks and values of the model's shape."""
 
     def make(model, rows=5, p=0.4, per_row=False):
         s = model.shape
@@ -67,4 +75,4 @@ def draw(random):
     return make
 
 
-__all__ = ["FAMILIES", "PACKED", "engine"]
+__all__ = ["FAMILIES", "KINDS", "PACKED", "engine"]

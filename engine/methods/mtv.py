@@ -108,6 +108,8 @@ def extract(
     True
     """
     chosen, steps = read_options(preset, steps, rollouts, lr)
+    if checkpoint_every < 1:
+        raise ValueError(f"expected checkpoint_every >= 1, got checkpoint_every={checkpoint_every}")
     if not examples:
         raise ValueError("no examples were given")
     shape = (model.shape.n_layers, model.shape.n_heads)

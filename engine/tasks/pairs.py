@@ -16,11 +16,15 @@ SHIPPED = ("antonyms", "past_tense")
 
 
 class Pair(NamedTuple):
+    """One input of a task and its output."""
+
     input: str
     output: str
 
 
 class Split(NamedTuple):
+    """The pairs of a task in three parts that share none."""
+
     train: list[Pair]
     validation: list[Pair]
     test: list[Pair]
@@ -89,7 +93,7 @@ def load(name: str | Path) -> Task:
         raise FileNotFoundError(
             f"no task {str(name)!r}: expected one of {', '.join(SHIPPED)}, or a JSONL file of pairs"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     pairs = tuple(_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip())
     if len(pairs) < 10:
         raise ValueError(f"{path} has {len(pairs)} pairs: a task needs at least 10 to be split")

@@ -26,7 +26,13 @@ class Example(NamedTuple):
 
 
 def first_token(model: Model, example: Example) -> int:
-    """Id of the first token of the answer, as tokenised after the prompt."""
+    """Id of the first token of the answer, as tokenised after the prompt.
+
+    Raises ValueError for an empty answer, one outside the vocabulary, or text where there is no tokenizer.
+
+    >>> model.tokenizer.decode([engine.tasks.first_token(model, Example("Q: hot\\nA:", " cold"))])
+    ' cold'
+    """
     prompt, answer = example
     if isinstance(answer, int):
         if not 0 <= answer < model.shape.vocab_size:
@@ -53,7 +59,11 @@ def first_token_losses(
     heads: Heads,
     values: Tensor | None,
 ) -> Float[Tensor, "prompts rows"]:
-    """Cross-entropy, in nats, of each target at the last token, for every row of heads; on the CPU, in float32."""
+    """Cross-entropy, in nats, of each target at the last token, for every row of heads; on the CPU, in float32.
+
+    >>> engine.tasks.first_token_losses(model, ["Q: hot\\nA:"], [5], heads=[(10, 3)], values=means).shape
+    torch.Size([1, 1])
+    """
     losses = []
     for start in range(0, len(prompts), AT_ONCE):
         logits = patch(model, list(prompts[start : start + AT_ONCE]), heads=heads, values=values).float()
@@ -67,7 +77,11 @@ def first_token_losses(
 def first_token_hits(
     model: Model, examples: Sequence[Example], *, heads: Heads = None, values: Tensor | None = None
 ) -> Bool[Tensor, "examples rows"]:
-    """Whether the likeliest next token is the first token of the answer, for every example and row of heads."""
+    """Whether the likeliest next token is the first token of the answer, for every example and row of heads.
+
+    >>> engine.tasks.first_token_hits(model, [Example("Q: hot\\nA: cold\\n\\nQ: big\\nA:", " small")]).tolist()
+    [[True]]
+    """
     hits = []
     for start in range(0, len(examples), AT_ONCE):
         some = examples[start : start + AT_ONCE]

@@ -1,0 +1,270 @@
+"""The search finds planted heads, follows its formula, and ends the same whether or not it was interrupted."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import engine
+import models
+from engine import Example
+from engine.artifacts import load_tensors
+from engine.methods.mtv import PRESETS, Search
+from models import zoo
+
+PRESET = pytest.mark.parametrize("preset", ["paper", "reference"])
+EXAMPLES = [Example(f"Q: {'ab' * n}\nA:", f" {letter}") for n, letter in enumerate("cold", start=1)]
+
+
+def search(model, steps=20, **options):
+    """A short search, the same at every call."""
+    means = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    options = dict(rollouts=8, progress=False) | options
+    return engine.mtv.extract(model, EXAMPLES, means, steps=steps, **options)
+
+
+def same(one, other):
+    """Bit for bit: probabilities, heads and every loss on the way."""
+    assert torch.equal(one.probabilities, other.probabilities)
+    assert torch.equal(one.mask, other.mask)
+    assert one.metadata["losses"] == other.metadata["losses"]
+    assert one.metadata["validation_loss"] == other.metadata["validation_loss"]
+
+
+@PRESET
+def test_same_seed_same_result(model, preset):
+    first = search(model, preset=preset, seed=1)
+    torch.manual_seed(123)  # the caller's random numbers play no part
+    same(search(model, preset=preset, seed=1), first)
+    assert not torch.equal(search(model, preset=preset, seed=2).probabilities, first.probabilities)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@PRESET
+@pytest.mark.parametrize("every", [1, 5])
+def test_interrupted_and_resumed(model, tmp_path, preset, every):
+    """Up to the last checkpoint nothing is run again; theta and losses are those of a search in one go."""
+    whole = search(model, preset=preset)
+    checkpoint = tmp_path / "search.safetensors"
+
+    def stop(step):
+        if step.step == 7:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        search(model, preset=preset, checkpoint=checkpoint, checkpoint_every=every, on_step=stop)
+    steps = []
+    resumed = search(
+        model, preset=preset, checkpoint=checkpoint, checkpoint_every=every, on_step=lambda s: steps.append(s.step)
+    )
+    assert steps == list(range(8 if every == 1 else 6, 21))
+    same(resumed, whole)
+    theta = load_tensors(checkpoint, ("theta",))[0]["theta"]
+    clamp = PRESETS[preset].clamp
+    assert torch.equal(theta.sigmoid().clamp(clamp, 1 - clamp), whole.probabilities)
+
+
+@PRESET
+def test_finished_search_is_resumed_too(model, tmp_path, preset):
+    """Nothing is left to do, the result is the same; a longer search goes on from there."""
+    checkpoint = tmp_path / "search.safetensors"
+    whole = search(model, preset=preset, checkpoint=checkpoint)
+    steps = []
+    same(search(model, preset=preset, checkpoint=checkpoint, on_step=steps.append), whole)
+    assert not steps
+    longer = search(model, preset=preset, steps=25, checkpoint=checkpoint)
+    same(longer, search(model, preset=preset, steps=25))
+
+
+def slow_search(checkpoint, out, seconds):
+    """What the killed process runs."""
+    model = models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="tiny-llama")
+    pause = float(seconds)
+    vector = search(
+        model,
+        steps=30,
+        checkpoint=checkpoint,
+        checkpoint_every=2,
+        on_step=lambda _: time.sleep(pause) if pause else None,
+    )
+    vector.save(out)
+
+
+def test_killed_and_rerun(tmp_path):
+    """A kill -9 in the middle of a search costs the steps since the last checkpoint, and changes nothing."""
+    checkpoint = tmp_path / "search.safetensors"
+
+    def start(checkpoint, out, seconds):
+        code = "import sys; from tests.engine.methods import test_mtv; test_mtv.slow_search(*sys.argv[1:])"
+        arguments = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / out), str(seconds)]
+        return subprocess.Popen(arguments, cwd=Path(__file__).parents[3])
+
+    process = start(checkpoint, "killed.safetensors", 0.2)
+    try:
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() or len(load_tensors(checkpoint, ("losses",))[0]["losses"]) < 4:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -9
+    assert not (tmp_path / "killed.safetensors").exists()
+    done = len(load_tensors(checkpoint, ("losses",))[0]["losses"])
+    assert 4 <= done < 30
+
+    assert start(checkpoint, "resumed.safetensors", 0).wait(60) == 0
+    assert start(tmp_path / "other.safetensors", "whole.safetensors", 0).wait(60) == 0
+    same(
+        engine.TaskVector.load(tmp_path / "resumed.safetensors"), engine.TaskVector.load(tmp_path / "whole.safetensors")
+    )
+
+
+def test_probabilities_stay_inside(model):
+    """The reference keeps them within [0.001, 0.999], even at a step size that would take them far beyond."""
+    p = search(model, preset="reference", lr=10.0).probabilities
+    assert p.min() == torch.tensor(1e-3)
+    assert p.max() == 1 - torch.tensor(1e-3)
+
+
+@PRESET
+def test_update_is_reinforce(preset):
+    """The gradient of log p(lambda) is lambda - p, weighted by the advantage; one step of Adam follows."""
+    chosen = PRESETS[preset]
+    made = Search(chosen, (3, 6), lr=0.1, seed=0)
+    theta = made.theta.detach().clone()
+    masks = made.draw(16)
+    losses = torch.rand(16, generator=made.random) * 3
+    made.update(masks, losses)
+
+    p = 1 / (1 + (-theta).exp())
+    score = masks.float() - p  # [16, 3, 6]
+    if chosen.normalise:
+        advantage = (losses - losses.mean()) / (losses.std() + 1e-3)
+        gradient = (score * advantage[:, None, None]).sum(dim=0)
+    else:
+        gradient = (score * losses[:, None, None]).mean(dim=0)
+    assert torch.allclose(made.adam.state[made.theta]["exp_avg"], 0.1 * gradient, rtol=1e-3, atol=1e-6)
+    # Adam's first step from zero moments: lr times the sign, up to its epsilon.
+    want = theta - 0.1 * gradient / (gradient.abs() + 1e-8)
+    assert torch.allclose(made.theta.detach(), want, rtol=1e-4, atol=1e-5)
+    assert made.losses == [pytest.approx(losses.mean().item())]
+
+
+def test_presets():
+    """What the paper and its code say, where they differ."""
+    paper, reference = PRESETS["paper"], PRESETS["reference"]
+    assert (paper.steps, reference.steps) == (100, 600)
+    shape = (40, 50)
+    assert Search(reference, shape, 0.1, 0).theta.unique().tolist() == [-1.0]
+    normal = Search(paper, shape, 0.1, 0).theta
+    assert abs(normal.mean()) < 0.1
+    assert abs(normal.std() - 1) < 0.1
+    made = Search(paper, shape, 0.1, 0)
+    assert [made.losses.append(0.0) or made.draw_example(3) for _ in range(5)] == [1, 2, 0, 1, 2]
+    made = Search(reference, shape, 0.1, 0)
+    drawn = [made.draw_example(3) for _ in range(50)]
+    assert set(drawn) == {0, 1, 2}
+    assert drawn != sorted(drawn)
+
+
+def test_draws_follow_the_probabilities():
+    made = Search(PRESETS["paper"], (3, 6), 0.1, 0)
+    often = made.draw(4000).float().mean(dim=0)
+    assert (often - made.theta.sigmoid()).abs().max() < 0.05
+
+
+@pytest.fixture
+def planted():
+    """A task that one head solves: its value makes the model say the answer, all others keep what they say anyway."""
+    model = models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="planted")
+    with torch.no_grad():
+        model.hf.lm_head.weight *= 20  # a random model is sure of nothing; this one is of something
+    prompt, head = "Q: hot\nA:", (1, 4)
+    means = engine.capture(model, [prompt])[0]
+    means[head] = 20 * torch.randn(8, generator=torch.Generator().manual_seed(3))
+    logits = engine.naive.patch(model, prompt, heads=[head], values=means)
+    answer = int(logits.argmax())
+    before = engine.naive.patch(model, prompt, heads=None, values=None)
+    gain = cross_entropy(before, torch.tensor([answer])) - cross_entropy(logits, torch.tensor([answer]))
+    assert gain > 2  # the plant is worth finding
+    return model, head, [Example(prompt, answer)], means
+
+
+@PRESET
+def test_finds_the_planted_head(planted, preset):
+    model, head, examples, means = planted
+    vector = engine.mtv.extract(model, examples, means, preset=preset, steps=60, progress=False)
+    start = Search(PRESETS[preset], (3, 6), 0.1, 0).probabilities()
+    assert vector.probabilities[head] > start[head]
+    assert vector.probabilities[head] > 0.9
+    assert head in vector.heads
+    losses = vector.metadata["losses"]
+    assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_validation_decides_among_candidates(model, monkeypatch, given):
+    """The heads kept have the lowest mean loss of all candidates, by naive patching."""
+    drawn = []
+    draw = Search.draw
+
+    def record(self, rollouts):
+        drawn.append(draw(self, rollouts))
+        return drawn[-1]
+
+    monkeypatch.setattr(Search, "draw", record)
+    validation = [Example("Q: xyz\nA:", " x"), Example("Q: q\nA:", " w"), Example("Hello", 50)] if given else None
+    vector = search(model, steps=3, validation=validation)
+    candidates = drawn[-1]
+    assert len(candidates) == PRESETS["reference"].candidates == 10
+    used = validation or EXAMPLES
+    logits = engine.naive.patch(model, [e.prompt for e in used], heads=candidates, values=vector.values)
+    targets = torch.tensor([engine.tasks.first_token(model, e) for e in used])
+    losses = torch.stack([cross_entropy(logits[:, row], targets) for row in range(10)])
+    assert losses.max() - losses.min() > 1e-3  # there is something to decide
+    assert torch.equal(vector.mask, candidates[losses.argmin()])
+    assert vector.metadata["validation_loss"] == pytest.approx(losses.min().item(), abs=1e-5)
+
+
+def test_the_paper_keeps_one_draw(model, monkeypatch):
+    sizes = []
+    draw = Search.draw
+    monkeypatch.setattr(Search, "draw", lambda self, n: sizes.append(n) or draw(self, n))
+    search(model, steps=3, preset="paper")
+    assert sizes == [8, 8, 8, 1]
+
+
+def test_what_is_recorded(model):
+    seen = []
+    vector = search(model, steps=4, seed=9, on_step=seen.append)
+    assert [(s.step, s.steps, s.loss) for s in seen] == [(i + 1, 4, x) for i, x in enumerate(vector.metadata["losses"])]
+    assert seen[-1].heads == pytest.approx(vector.probabilities.sum().item())
+    assert all(s.rollouts_per_second > 0 for s in seen)
+    kept = {key: vector.metadata[key] for key in ("method", "model", "preset", "steps", "rollouts", "lr", "seed")}
+    assert kept == dict(
+        method="mtv", model="tiny-llama", preset="reference", steps=4, rollouts=8, lr=0.1, seed=9
+    )  # fmt: skip
+    assert set(vector.metadata["versions"]) == {"python", "headpatch", "torch", "transformers"}
+    vector.check(model)
+
+
+def test_losses_that_are_not_finite():
+    """A model that overflows says so, instead of searching on by NaN."""
+    model = models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="broken")
+    with torch.no_grad():
+        model.hf.lm_head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match=r"step 0: the loss of example \d .*is not finite"):
+        search(model)
+
+
+def test_works_where_rows_are_not_packed(tiny):
+    same(search(tiny("unpacked"), steps=3), search(tiny("unpacked"), steps=3))

@@ -1,0 +1,152 @@
+"""Answers are, token by token, those of full hooked forwards over the growing prompt."""
+
+import pytest
+import torch
+
+import engine
+import models
+from models import zoo
+from tests.conftest import FAMILIES, KINDS, PACKED
+
+TEXTS = ["Q: hot\nA:", "a", "Q: big\nA: small\n\nQ: up\nA:"]
+ENDINGS = [(kind, "auto") for kind in KINDS] + [("llama", "expanded"), ("llama", "naive")]
+COUNT = 9  # more than mistral's window of 7
+
+
+def by_hand(model, prompt, mask, values, mode):
+    """The tokens of one row, by `naive.patch` alone: its answer so far is patched with the last prompt token."""
+    ids = model.encode(prompt)
+    n_prompt = len(ids)
+    for _ in range(COUNT):
+        positions = list(range(n_prompt - 1, len(ids)))
+        logits = engine.naive.patch(model, ids, heads=mask, values=values, positions=positions, mode=mode)
+        ids = torch.cat([ids, logits[0].argmax()[None]])
+    return model.decode(ids[n_prompt:])
+
+
+@pytest.mark.parametrize(("per_row", "mode"), [(False, "replace"), (True, "add")])
+@pytest.mark.parametrize("family", KINDS)
+def test_agrees_with_full_forwards(tiny, draw, family, per_row, mode):
+    """Several prompts, several rows, shared values and values of their own, by every strategy that is exact."""
+    model = tiny(family)
+    heads, values = draw(model, rows=2, per_row=per_row)
+    values = 3 * values  # so that rows differ in what they say
+    options = dict(heads=heads, values=values, mode=mode, max_new_tokens=COUNT)
+    want = [[by_hand(model, t, heads[r], values[r] if per_row else values, mode) for r in (0, 1)] for t in TEXTS]
+    assert len({answer for rows in want for answer in rows}) > 1  # the patch, or the prompt, decides the answer
+    for strategy in ("auto", "expanded", "batch", "naive", *(["packed"] if family in PACKED else [])):
+        assert engine.generate(model, TEXTS, strategy=strategy, **options) == want, strategy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_step_equals_a_full_forward(tiny, random, family):
+    """Token after token, far beyond a sliding window: the logits themselves, not only the likeliest token."""
+    model = tiny(family)
+    if model.packing_refused:  # then every step is a full forward
+        return
+    ids = torch.randint(97, (30,), generator=random)
+    with torch.no_grad():
+        segment = models.Segment(ids[:5], ids[None, 5:6])
+        for n_tokens in range(6, 30):
+            out = model.pack([segment], keep=True)
+            want = model.hf(input_ids=ids[None, :n_tokens]).logits[:, -1]
+            assert (out.logits[0] - want).abs().max() <= 1e-5, n_tokens
+            segment = models.Segment(out.contexts[0], ids[None, n_tokens : n_tokens + 1], out.rows[0])
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_prefixes(tiny, draw, family):
+    model = tiny(family)
+    heads, values = draw(model, rows=2)
+    want = engine.generate(model, TEXTS, heads=heads, values=values, max_new_tokens=6)
+    prefixes = [engine.prefill(model, text) for text in TEXTS]
+    early = engine.prefill(model, TEXTS[2], positions=4)  # computed only in part
+    before = [k.clone() for p in prefixes for k in p.cache.keys]
+    for _ in range(2):
+        assert engine.generate(model, prefixes, heads=heads, values=values, max_new_tokens=6) == want
+    assert engine.generate(model, early, heads=heads, values=values, max_new_tokens=6) == want[2]
+    assert all(torch.equal(a, b) for a, b in zip(before, (k for p in prefixes for k in p.cache.keys), strict=True))
+
+
+def test_more_prompts_than_one_forward_takes(model, draw, monkeypatch):
+    heads, values = draw(model, rows=3)
+    want = engine.generate(model, TEXTS, heads=heads, values=values, max_new_tokens=6)
+    monkeypatch.setattr("engine.generation.MAX_TOKENS", 20)
+    assert engine.generate(model, TEXTS, heads=heads, values=values, max_new_tokens=6) == want
+
+
+@pytest.mark.parametrize(("family", "strategy"), ENDINGS)
+def test_stop(tiny, draw, family, strategy):
+    """An answer ends before `stop`; the other rows go on."""
+    model = tiny(family)
+    heads, values = draw(model, rows=4)
+    options = dict(heads=heads, values=values, max_new_tokens=10)
+    full = engine.generate(model, TEXTS, **options)
+    stop = full[0][1][3:5]
+    got = engine.generate(model, TEXTS, stop=stop, strategy=strategy, **options)
+    assert got == [[answer.split(stop)[0] for answer in rows] for rows in full]
+    assert len(got[0][1]) < len(full[0][1])
+
+
+@pytest.mark.parametrize(("family", "strategy"), ENDINGS)
+def test_end_of_text(tiny, draw, family, strategy):
+    """An answer ends before the model's end-of-text token; the other rows go on."""
+    model = tiny(family)
+    heads, values = draw(model, rows=4)
+    options = dict(heads=heads, values=values, max_new_tokens=10)
+    full = engine.generate(model, TEXTS, **options)
+    ending = full[0][1][4]
+    wrapped = models.wrap(model.hf, model.tokenizer)
+    wrapped.eos, wrapped.packing_refused = frozenset(model.encode(ending).tolist()), model.packing_refused
+    got = engine.generate(wrapped, TEXTS, strategy=strategy, **options)
+    assert got == [[answer.split(ending)[0] for answer in rows] for rows in full]
+
+
+def test_all_answers_ended_ends_the_work(model, draw):
+    """No forward is spent on answers that are complete."""
+    heads, values = draw(model, rows=3)
+    wrapped = models.wrap(model.hf, model.tokenizer)
+    wrapped.eos = frozenset(range(97))
+    runs = []
+    handle = model.hf.register_forward_pre_hook(lambda *_: runs.append(1))
+    try:
+        assert engine.generate(wrapped, TEXTS, heads=heads, values=values) == [[""] * 3] * 3
+    finally:
+        handle.remove()
+    assert len(runs) == 1
+
+
+def test_end_of_text_is_read_from_the_model():
+    hf = zoo.tiny("llama")
+    for given, read in [(None, []), (5, [5]), ([5, 7], [5, 7])]:
+        hf.generation_config.eos_token_id = given
+        assert models.wrap(hf).eos == frozenset(read)
+
+
+def test_what_is_returned(model, draw):
+    """A string; a list for several rows or several prompts; a list a prompt for both."""
+    heads, values = draw(model, rows=2)
+    one, many = dict(heads=heads[:1], values=values), dict(heads=heads, values=values)
+    assert isinstance(engine.generate(model, TEXTS[0]), str)
+    assert isinstance(engine.generate(model, model.encode(TEXTS[0]).tolist()), str)
+    a, b = engine.generate(model, TEXTS[0], **many)
+    assert engine.generate(model, TEXTS[0], **one) == a
+    assert engine.generate(model, TEXTS[:1], **one) == [a]
+    assert engine.generate(model, TEXTS[:1], **many) == [[a, b]]
+    assert engine.generate(model, TEXTS[:2], **one)[0] == a
+    assert engine.generate(model, TEXTS[:2], **many)[0] == [a, b]
+
+
+def test_fills_the_context_to_the_last_token(model):
+    """Prompt and answer may take the whole context."""
+    assert len(engine.generate(model, "a" * 120, max_new_tokens=8)) == 8
+
+
+@pytest.mark.parametrize("strategy", ["auto", "expanded"])
+def test_unpatched_real_model_answers_as_transformers(smollm2, strategy):
+    prompt = "Q: hot\nA: cold\n\nQ: big\nA: small\n\nQ: up\nA:"
+    ids = smollm2.encode(prompt)[None]
+    with torch.no_grad():
+        out = smollm2.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    want = smollm2.decode(out[0, ids.shape[1] :])
+    assert engine.generate(smollm2, prompt, max_new_tokens=12, strategy=strategy) == want

@@ -1,0 +1,101 @@
+"""The examples in the docstrings of every public name run, and say what they show."""
+
+import doctest
+import inspect
+
+import pytest
+import torch
+
+import engine
+import models
+from engine import Example
+from engine.planning import make_plan
+from engine.tasks import Pair
+
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def public():
+    """Name and object of everything that users are told of: functions, classes and their methods."""
+    places = {
+        "engine": (engine, engine.__all__),
+        "engine.mtv": (engine.mtv, ["extract", "Preset", "Step"]),
+        "engine.naive": (engine.naive, ["patch"]),
+        "engine.planning": (engine.planning, ["make_plan"]),
+        "engine.tasks": (engine.tasks, engine.tasks.__all__),
+        "models": (models, models.__all__),
+    }
+    found = {}
+    for place, (module, names) in places.items():
+        for name in names:
+            thing = getattr(module, name)
+            if inspect.isclass(thing) or inspect.isroutine(thing):
+                found[f"{place}.{name}"] = thing
+    return found
+
+
+PUBLIC = public()
+EXAMPLES = {
+    test.name: test
+    for name, thing in PUBLIC.items()
+    for test in doctest.DocTestFinder(exclude_empty=True).find(thing, name, module=False, globs={})
+    if test.examples
+}
+
+
+@pytest.fixture(scope="module")
+def means(smollm2):
+    return engine.mean_activations(
+        smollm2, ["Q: up\nA: down\n\nQ: old\nA:", "Q: in\nA: out\n\nQ: big\nA:"], progress=False
+    )
+
+
+@pytest.fixture
+def names(smollm2, means, tmp_path, monkeypatch):
+    """What the examples speak of: a model, mean activations, a folder with a saved vector."""
+    monkeypatch.chdir(tmp_path)
+    mask = torch.zeros(30, 9, dtype=torch.bool)
+    mask[10, 3] = mask[12, 0] = True
+    engine.TaskVector(mask, means, mask.float(), {"model": smollm2.name}).save("antonyms.safetensors")
+    return dict(
+        engine=engine,
+        models=models,
+        model=smollm2,
+        means=means,
+        masks=mask.expand(4, -1, -1),
+        Example=Example,
+        Pair=Pair,
+        Prompt=models.Prompt,
+        Shape=models.Shape,
+        make_plan=make_plan,
+        torch=torch,
+    )
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(names, name):
+    said = []
+    example = EXAMPLES[name]
+    example.globs = names
+    doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=said.append)
+    assert not said, "".join(said)
+
+
+def test_every_public_name_is_documented():
+    """A docstring for all; an example for every function. Dataclasses need none: functions show them."""
+    undocumented = []
+    for name, thing in PUBLIC.items():
+        text = (thing.__doc__ or "").strip()
+        if not text or text.startswith(f"{thing.__name__}("):  # what a dataclass makes up
+            undocumented.append(name)
+    assert not undocumented, f"without a docstring: {undocumented}"
+    functions = [name for name, thing in PUBLIC.items() if inspect.isroutine(thing)]
+    assert {"engine.patch", "engine.mtv.extract", "engine.tasks.load", "models.load"} <= set(functions)
+    lacking = [name for name in functions if name not in EXAMPLES]
+    assert not lacking, f"without an example: {lacking}"
+
+
+def test_all_names_exist():
+    for module in (engine, engine.tasks, models):
+        assert len(set(module.__all__)) == len(module.__all__)
+        assert all(hasattr(module, name) for name in module.__all__)

@@ -1,0 +1,21 @@
+"""The README's example does what it says, with a shorter search."""
+
+import re
+from pathlib import Path
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+    assert "count=100" in code
+    assert "steps=100" in code
+    exec(code.replace("count=100", "count=4").replace("steps=100", "steps=2"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_shows_the_two_commands():
+    text = README.read_text()
+    assert "make demo" in text
+    assert "make test" in text
