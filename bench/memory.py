@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
 import subprocess
 import sys
 from typing import Any
@@ -15,8 +16,10 @@ from models import Model
 WAYS = ("one stock forward", "one forward", "fresh", "reused")
 
 
-def measure(model_name: str, tokens: int, rows: int = 32) -> dict[str, Any]:
-    peaks = {way: _in_child(model_name, way, tokens, rows) for way in WAYS}
+def measure(model_name: str, tokens: int, rows: int = 32, repeats: int = 5) -> dict[str, Any]:
+    """Medians over `repeats` processes for each way: pages that the allocator happens to hold differ between runs."""
+    samples = [{way: _in_child(model_name, way, tokens, rows) for way in WAYS} for _ in range(repeats)]
+    peaks = {way: statistics.median(sample[way] for sample in samples) for way in WAYS}
     return {
         "tokens": tokens,
         "rows": rows,

@@ -95,6 +95,9 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)  # a scratch file is private, a result is not
         os.replace(scratch, path)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)

@@ -121,8 +121,9 @@ def test_killed_and_rerun(tmp_path):
     done = len(load_tensors(checkpoint, ("losses",))[0]["losses"])
     assert 4 <= done < 30
 
-    assert start(checkpoint, "resumed.safetensors", 0).wait(60) == 0
-    assert start(tmp_path / "other.safetensors", "whole.safetensors", 0).wait(60) == 0
+    resumed = start(checkpoint, "resumed.safetensors", 0)
+    whole = start(tmp_path / "other.safetensors", "whole.safetensors", 0)
+    assert (resumed.wait(60), whole.wait(60)) == (0, 0)
     same(
         engine.TaskVector.load(tmp_path / "resumed.safetensors"), engine.TaskVector.load(tmp_path / "whole.safetensors")
     )
