@@ -32,7 +32,8 @@ def run(
             else:
                 for few in _few(list(group)):
                     logits += _packed(model, patch, few)
-        return torch.stack(logits)
+        # One prompt's logits are not copied: 32 rows of them can outweigh all else a forward holds.
+        return torch.stack(logits) if len(logits) > 1 else logits[0][None]
 
 
 def make_edit(model: Model, patch: Patch, tail: Sequence[int], n_tail: int, n_prompts: int = 1) -> Edit:
@@ -115,4 +116,4 @@ def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Ten
         else:
             edit = make_edit(model, some, tail, len(ids))
             logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix))
-    return torch.cat(logits)
+    return torch.cat(logits) if len(logits) > 1 else logits[0]
