@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from engine.checking import check_once
 from engine.intervention import read_patch
 from engine.planning import MAX_TOKENS
+from engine.prefix import Prefix, as_prefix
 from engine.progress import track
-from models import Model, PromptLike, Segment
-from models.shapes import Float, Int
+from engine.runner import segment
+from models import Model, PromptLike
+from models.shapes import Float
 
 
 def capture(
@@ -64,29 +67,35 @@ def _stream(
     """Z of a few prompts at a time: as many as one forward takes."""
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list of prompts, got one string")
-    few: list[tuple[Tensor, list[int]]] = []  # prompts, and the positions wanted of each
-    for prompt in track(prompts, "activations", progress):
-        tokens = model.encode(prompt)
-        outside = [p for p in positions if not -len(tokens) <= p < len(tokens)]
+    few: list[tuple[Prefix, list[int]]] = []  # prompts, and the positions wanted of each
+    for one in track(prompts, "activations", progress):
+        prompt = as_prefix(model, one)
+        n_tokens = len(prompt.tokens)
+        outside = [p for p in positions if not -n_tokens <= p < n_tokens]
         if outside:
-            raise IndexError(f"position {outside[0]} lies outside the prompt, which has {len(tokens)} tokens")
-        at = [p % len(tokens) for p in positions]
-        full = sum(len(t) for t, _ in few) + len(tokens) > MAX_TOKENS
-        unlike = few and len(tokens) - min(at) != len(few[0][0]) - min(few[0][1])
-        if few and (full or unlike or model.packing_refused):
+            raise IndexError(f"position {outside[0]} lies outside the prompt, which has {n_tokens} tokens")
+        at = [p % n_tokens for p in positions]
+        full = sum(len(p.tokens) for p, _ in few) + n_tokens > MAX_TOKENS
+        unlike = few and n_tokens - min(at) != len(few[0][0].tokens) - min(few[0][1])
+        alone = prompt.prompt.inputs or (few and few[0][0].prompt.inputs)
+        if few and (full or unlike or alone or model.packing_refused):
             yield _capture(model, few)
             few = []
-        few.append((tokens, at))
+        few.append((prompt, at))
     if few:
         yield _capture(model, few)
 
 
 @torch.no_grad()
 def _capture(
-    model: Model, few: list[tuple[Int[Tensor, " _"], list[int]]]
+    model: Model, few: list[tuple[Prefix, list[int]]]
 ) -> Float[Tensor, "some positions layers heads head_dim"]:
     """One forward. Prompts are packed with one unpatched row each, from the first wanted position on."""
-    starts = [0 if model.packing_refused else min(at) for _, at in few]
+    check_once(model, few[0][0])
+    if model.packing_refused and len(few) > 1:
+        return torch.cat([_capture(model, [one]) for one in few])
+    plain = bool(model.packing_refused or few[0][0].prompt.inputs)
+    starts = [0 if plain else min(at) for _, at in few]
     where = torch.tensor([[p - s for p in at] for (_, at), s in zip(few, starts, strict=True)], device=model.device)
     prompt = torch.arange(len(few), device=model.device)[:, None]
     kept: list[Tensor] = []
@@ -95,9 +104,9 @@ def _capture(
         kept.append(z[prompt, where])  # [prompts, positions, H, D]
         return z
 
-    if model.packing_refused:
-        model.forward(few[0][0][None], keep)
+    if plain:
+        model.forward(few[0][0].tokens[None], keep, inputs=few[0][0].prompt.inputs)
     else:
-        segments = [Segment(t[:s], t[None, s:]) for (t, _), s in zip(few, starts, strict=True)]
+        segments = [segment(p, s, 1) for (p, _), s in zip(few, starts, strict=True)]
         model.pack(segments, keep, logits=False)
     return torch.stack(kept, dim=2)

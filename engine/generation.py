@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from engine.checking import check_once
 from engine.intervention import Heads, Mode, Patch, read_patch
+from engine.patching import make_plans
 from engine.planning import MAX_TOKENS, Strategy, make_plan
-from engine.prefix import Prefix, Prompts, as_prefixes, compute
-from engine.runner import make_edit, run
-from models import KeyValues, Model, Segment
+from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
+from engine.runner import make_edit, run, segment
+from models import Model, Segment
 
 
 @torch.no_grad()
@@ -56,17 +59,28 @@ def generate(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
             f"the {model.shape.max_tokens} of {model.name}"
         )
-    # Refuses an unknown or inexact strategy before anything runs.
-    plan = make_plan(model.shape, 2, 1, [1], strategy, packing_refused=model.packing_refused)
+    last = [(len(p.tokens) - 1,) for p in prompts]
+    make_plans(model, prompts, 1, last, strategy)  # refuses what it must before anything runs
+    check_once(model, prompts[0], strategy)
     answers: list[list[str]] = []
-    if plan.strategy == "packed":
-        for some in _few(prompts, patch.n_rows):
-            answers += _decode_together(model, patch, some, max_new_tokens, stop)
-    else:
-        answers = [_decode_one_by_one(model, patch, p, max_new_tokens, stop, plan.strategy) for p in prompts]
+    for way, group in groupby(prompts, key=lambda prompt: _way(model, prompt, strategy)):
+        if way == "packed":
+            for some in _few(list(group), patch.n_rows):
+                answers += _decode_together(model, patch, some, max_new_tokens, stop)
+        else:
+            answers += [_decode_one_by_one(model, patch, p, max_new_tokens, stop, way) for p in group]
     if patch.n_rows > 1:
         return answers if several else answers[0]
     return [rows[0] for rows in answers] if several else answers[0][0]
+
+
+def _way(model: Model, prompt: Prefix, strategy: Strategy) -> Strategy:
+    """How the answers to a prompt are decoded: rows go on by themselves, so even one token packs."""
+    if strategy != "auto":
+        return strategy
+    if model.sharing_refused or why_not_split(prompt.prompt, len(prompt.tokens) - 1):
+        return "batch"
+    return "expanded" if model.packing_refused else "packed"
 
 
 def _few(prompts: list[Prefix], n_rows: int) -> Iterator[list[Prefix]]:
@@ -90,12 +104,7 @@ def _decode_together(
     its own; the prompt's are shared.
     """
     answers = [[_Answer(model, stop) for _ in range(patch.n_rows)] for _ in prompts]
-    segments = []
-    for prompt in prompts:
-        split = len(prompt.tokens) - 1
-        ready = split and split <= len(prompt.cache)
-        context = prompt.cache[:split] if ready else prompt.tokens[:split]
-        segments.append(Segment(context, prompt.tokens[split:].expand(patch.n_rows, -1)))
+    segments = [segment(prompt, len(prompt.tokens) - 1, patch.n_rows) for prompt in prompts]
     live = list(range(len(prompts)))
     for _ in range(max_new_tokens):
         out = model.pack(segments, make_edit(model, patch, [0], 1, len(segments)), keep=True)
@@ -117,15 +126,15 @@ def _decode_one_by_one(
 ) -> list[str]:
     """Each row by itself, from patched forwards over the growing prompt."""
     n_prompt = len(prompt.tokens)
-    if strategy == "expanded" and len(prompt.cache) < n_prompt - 1:
-        prompt = compute(model, [prompt.tokens], [n_prompt - 1])[0]
+    if strategy == "expanded":
+        prompt = compute([prompt], [n_prompt - 1])[0]
     answers = []
     for row in range(patch.n_rows):
         answer, tokens = _Answer(model, stop), prompt.tokens
         for _ in range(max_new_tokens):
             positions = tuple(range(n_prompt - 1, len(tokens)))
             plan = make_plan(model.shape, len(tokens), 1, positions, strategy)
-            grown = Prefix(tokens, prompt.cache if strategy == "expanded" else KeyValues(), model)
+            grown = replace(prompt, prompt=replace(prompt.prompt, ids=tokens))
             token = run(model, replace(patch.rows(row, row + 1), positions=positions), [grown], [plan])[0, 0].argmax()
             tokens = torch.cat([tokens, token[None]])
             if not answer.take(int(token)):

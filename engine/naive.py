@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.intervention import Heads, Mode, Patch, read_patch
-from engine.prefix import Prompts, as_prefixes
+from engine.prefix import Prefix, Prompts, as_prefixes, patched_positions
 from models import Model
-from models.shapes import Float, Int
+from models.shapes import Float
 
 
 def patch(
@@ -32,15 +32,15 @@ def patch(
     checked = read_patch(model.shape, heads, values, positions, mode)
     several, prompts = as_prefixes(model, prompt)
     for one in prompts:
-        checked.at(len(one.tokens))  # before anything runs
+        patched_positions(checked, one)  # before anything runs
     with torch.set_grad_enabled(torch.is_grad_enabled() and checked.values.requires_grad):
-        logits = torch.stack([rows(model, checked, p.tokens) for p in prompts])
+        logits = torch.stack([rows(model, checked, p) for p in prompts])
     return logits if several else logits[0]
 
 
-def rows(model: Model, patch: Patch, tokens: Int[Tensor, " tokens"]) -> Float[Tensor, "rows vocab"]:
+def rows(model: Model, patch: Patch, prompt: Prefix) -> Float[Tensor, "rows vocab"]:
     """One hooked forward for each row of one prompt."""
-    positions = patch.at(len(tokens))
+    positions = patch.at(len(prompt.tokens))
     logits = []
     for row, heads in enumerate(patch.heads.to(model.device)):
         values = (patch.values[row] if patch.values.ndim == 4 else patch.values).to(model.device, model.dtype)
@@ -53,5 +53,5 @@ def rows(model: Model, patch: Patch, tokens: Int[Tensor, " tokens"]) -> Float[Te
                 z[0, position, on] = before + values[layer, on]
             return z
 
-        logits.append(model.forward(tokens[None], edit)[0])
+        logits.append(model.forward(prompt.tokens[None], edit, inputs=prompt.prompt.inputs)[0])
     return torch.stack(logits)

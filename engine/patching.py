@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from engine.checking import check_once
 from engine.intervention import Heads, Mode, read_patch
 from engine.planning import Plan, Strategy, make_plan
-from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes
+from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes, patched_positions, why_not_split
 from engine.runner import run
 from models import Model, PromptLike
 from models.shapes import Float
@@ -46,8 +47,10 @@ def patch(
     """
     checked = read_patch(model.shape, heads, values, positions, mode)
     several, prompts = as_prefixes(model, prompt)
-    plans = [_plan(model, p, checked.n_rows, checked.at(len(p.tokens)), strategy) for p in prompts]
-    logits = run(model, checked, prompts, plans)
+    at = [patched_positions(checked, p) for p in prompts]
+    make_plans(model, prompts, checked.n_rows, at, strategy)  # refuses what it must before anything runs
+    check_once(model, prompts[0], strategy)
+    logits = run(model, checked, prompts, make_plans(model, prompts, checked.n_rows, at, strategy))
     return logits if several else logits[0]
 
 
@@ -66,10 +69,16 @@ def plan(
     """
     checked = read_patch(model.shape, None, None, positions)
     ready = as_prefix(model, prompt)
-    return _plan(model, ready, rows, checked.at(len(ready.tokens)), strategy)
+    return make_plans(model, [ready], rows, [patched_positions(checked, ready)], strategy)[0]
 
 
-def _plan(model: Model, prompt: Prefix, rows: int, positions: Sequence[int], strategy: Strategy) -> Plan:
-    return make_plan(
-        model.shape, len(prompt.tokens), rows, positions, strategy, len(prompt.cache), model.packing_refused
-    )
+def make_plans(
+    model: Model, prompts: Sequence[Prefix], rows: int, positions: Sequence[Sequence[int]], strategy: Strategy
+) -> list[Plan]:
+    """A plan for each prompt, patched at these positions of it."""
+    plans = []
+    for prompt, at in zip(prompts, positions, strict=True):
+        shared = model.sharing_refused or why_not_split(prompt.prompt, min(at))
+        n_tokens, n_ready = len(prompt.tokens), len(prompt.cache)
+        plans.append(make_plan(model.shape, n_tokens, rows, at, strategy, n_ready, model.packing_refused, shared))
+    return plans

@@ -55,12 +55,14 @@ def make_plan(
     strategy: Strategy = "auto",
     n_ready: int = 0,
     packing_refused: str = "",
+    sharing_refused: str = "",
 ) -> Plan:
     """Choose how to run `n_rows` rows of a prompt, exactness first and cost second.
 
     positions:       patched positions, counted from the start of the prompt.
     n_ready:         tokens of the prompt whose keys and values are at hand.
     packing_refused: why the model's rows cannot be packed exactly; empty if they can.
+    sharing_refused: why no prefix of this prompt can be shared exactly; empty if it can.
 
     Raises ValueError for an unknown strategy or no rows, UnsupportedModelError for one that is not exact on the model.
 
@@ -71,14 +73,17 @@ def make_plan(
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
     if not isinstance(n_rows, int) or n_rows < 1:
         raise ValueError(f"rows must be a positive integer, got {n_rows!r}")
-    if strategy == "packed" and packing_refused:
-        raise UnsupportedModelError(f"strategy 'packed' is not exact on this model: {packing_refused}")
+    refused = sharing_refused or (packing_refused if strategy == "packed" else "")
+    if strategy in ("packed", "expanded") and refused:
+        raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {refused}")
 
     split = min(positions)
     tail = n_tokens - split
     whole, shared = n_rows * n_tokens, split + n_rows * tail
     if strategy != "auto":
         reason = "asked for"
+    elif sharing_refused:
+        strategy, reason = "batch", f"nothing is shared: {sharing_refused}"
     elif n_rows * split <= 0.1 * whole:
         strategy, reason = "batch", f"rows share only {split} of {n_tokens} tokens"
     elif packing_refused:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from engine.intervention import read_patch
-from models import KeyValues, Model, PromptLike
+from engine.intervention import Patch, read_patch
+from models import Encoded, KeyValues, Model, PromptLike, UnsupportedModelError
 from models.shapes import Int
 
 GROUP_TOKENS = 1024  # of the neighbours in a pool that are computed together
@@ -21,17 +21,23 @@ GROUP_TOKENS = 1024  # of the neighbours in a pool that are computed together
 class Prefix:
     """A prompt whose first tokens are computed: `engine.patch(model, prefix, ...)` pays for the rest only.
 
-    tokens: the whole prompt.
+    prompt: the whole prompt.
     cache:  unpatched keys and values of its first `len(cache)` tokens; never written to.
     model:  the model that computed them; other models refuse the prefix.
     """
 
-    tokens: Int[Tensor, " tokens"]
+    prompt: Encoded
     cache: KeyValues
     model: Model
 
     @property
+    def tokens(self) -> Int[Tensor, " tokens"]:
+        """Of the whole prompt."""
+        return self.prompt.ids
+
+    @property
     def nbytes(self) -> int:
+        """Of the keys and values."""
         return self.cache.nbytes
 
 
@@ -42,7 +48,7 @@ Prompts: TypeAlias = "PromptLike | Prefix | Sequence[PromptLike | Prefix]"
 def as_prefix(model: Model, prompt: PromptLike | Prefix) -> Prefix:
     """A prompt encoded, nothing of it computed yet; or a prefix that is this model's own."""
     if not isinstance(prompt, Prefix):
-        return Prefix(model.encode(prompt), KeyValues(), model)
+        return Prefix(model.read(prompt), KeyValues(), model)
     if prompt.model is not model:
         raise ValueError(f"the prefix was computed by {prompt.model!r}, it cannot be used with {model!r}")
     return prompt
@@ -64,19 +70,44 @@ def prefill(model: Model, prompt: PromptLike, positions: int | Sequence[int] = -
     >>> len(prefix.tokens) - len(prefix.cache)
     1
     """
-    tokens = model.encode(prompt)
-    first = read_patch(model.shape, None, None, positions).at(len(tokens))[0]
-    return compute(model, [tokens], [first])[0]
+    whole = as_prefix(model, prompt)
+    first = read_patch(model.shape, None, None, positions).at(len(whole.tokens))[0]
+    return compute([whole], [first])[0]
 
 
 @torch.no_grad()
-def compute(model: Model, prompts: Sequence[Tensor], lengths: Sequence[int]) -> list[Prefix]:
-    """Prefixes of the first `lengths` tokens of each prompt, in one pass where the model packs."""
-    some = [i for i, length in enumerate(lengths) if length]
-    caches = iter(model.prefill([prompts[i][: lengths[i]] for i in some]) if some else [])
-    return [
-        Prefix(p, next(caches) if length else KeyValues(), model) for p, length in zip(prompts, lengths, strict=True)
-    ]
+def compute(prompts: Sequence[Prefix], lengths: Sequence[int]) -> list[Prefix]:
+    """The prompts with at least their first `lengths` tokens computed, together where the model packs.
+
+    Raises UnsupportedModelError if the model's prompts cannot be split there.
+    """
+    missing = [i for i, (p, length) in enumerate(zip(prompts, lengths, strict=True)) if length > len(p.cache)]
+    if not missing:
+        return list(prompts)
+    model = prompts[0].model
+    for i in missing:
+        if refused := model.sharing_refused or why_not_split(prompts[i].prompt, lengths[i]):
+            raise UnsupportedModelError(f"no prefix of this prompt can be shared on {model.name}: {refused}")
+    caches = model.prefill([prompts[i].prompt for i in missing], [lengths[i] for i in missing])
+    ready = dict(zip(missing, caches, strict=True))
+    return [replace(p, cache=ready[i]) if i in ready else p for i, p in enumerate(prompts)]
+
+
+def patched_positions(patch: Patch, prompt: Prefix) -> tuple[int, ...]:
+    """`patch.at` for this prompt. Raises IndexError outside it, ValueError on an image token."""
+    positions, images = patch.at(len(prompt.tokens)), prompt.prompt.image_tokens
+    if images is not None:
+        hit = [p for p in positions if images[p]]
+        if hit:
+            raise ValueError(f"position {hit[0]} of the prompt is an image token: patch the text around the images")
+    return positions
+
+
+def why_not_split(prompt: Encoded, split: int) -> str:
+    """Why rows cannot begin at this token; empty if they can."""
+    if 0 < split < prompt.free_from:
+        return f"an image follows: it has image tokens up to {prompt.free_from - 1}, rows would begin at {split}"
+    return ""
 
 
 class PrefixPool:
@@ -89,15 +120,15 @@ class PrefixPool:
     def __init__(self, model: Model, prompts: Sequence[PromptLike], budget: int = 2 * 2**30):
         self.model = model
         self.budget = budget
-        self.prompts = [model.encode(prompt) for prompt in prompts]
+        self.prompts = [as_prefix(model, prompt) for prompt in prompts]
         self._group_of: list[int] = []
         self._groups: list[list[int]] = []
         size = 0
-        for index, tokens in enumerate(self.prompts):
-            size += len(tokens)
+        for index, one in enumerate(self.prompts):
+            size += len(one.tokens)
             if not self._groups or size > GROUP_TOKENS:
                 self._groups.append([])
-                size = len(tokens)
+                size = len(one.tokens)
             self._groups[-1].append(index)
             self._group_of.append(len(self._groups) - 1)
         self._ready: OrderedDict[int, list[Prefix]] = OrderedDict()
@@ -113,7 +144,8 @@ class PrefixPool:
         group = self._group_of[index]
         if group not in self._ready:
             prompts = [self.prompts[i] for i in self._groups[group]]
-            self._ready[group] = compute(self.model, prompts, [len(p) - 1 for p in prompts])
+            split = 0 if self.model.sharing_refused else 1
+            self._ready[group] = compute(prompts, [split * (len(p.tokens) - 1) for p in prompts])
             while self.nbytes > self.budget and len(self._ready) > 1:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(group)

@@ -24,7 +24,7 @@ def run(
     grad = torch.is_grad_enabled() and patch.values.requires_grad
     with torch.set_grad_enabled(grad):
         if grad:  # the prefix does not depend on the values: no graph is kept for it
-            prompts = [_ready(model, prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+            prompts = [_ready(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
         logits: list[Tensor] = []
         for packed, group in groupby(zip(prompts, plans, strict=True), key=lambda one: _alike(one[1])):
             if packed is None:
@@ -59,10 +59,17 @@ def make_edit(model: Model, patch: Patch, tail: Sequence[int], n_tail: int, n_pr
     return edit
 
 
-def _ready(model: Model, prompt: Prefix, plan: Plan) -> Prefix:
-    if plan.split <= len(prompt.cache):
-        return prompt
-    return compute(model, [prompt.tokens], [plan.split])[0]
+def _ready(prompt: Prefix, plan: Plan) -> Prefix:
+    return compute([prompt], [plan.split])[0]
+
+
+def segment(prompt: Prefix, split: int, n_rows: int) -> Segment:
+    """Rows of a prompt from token `split` on. A context not computed yet rides along, unless it has pixels."""
+    if prompt.prompt.inputs:
+        prompt = compute([prompt], [split])[0]
+    ready = split and split <= len(prompt.cache)
+    context = prompt.cache[:split] if ready else prompt.tokens[:split]
+    return Segment(context, prompt.tokens[split:].expand(n_rows, -1))
 
 
 def _alike(plan: Plan) -> tuple[int, ...] | None:
@@ -88,12 +95,8 @@ def _few(prompts: list[tuple[Prefix, Plan]]) -> Iterator[list[tuple[Prefix, Plan
 
 def _packed(model: Model, patch: Patch, group: list[tuple[Prefix, Plan]]) -> list[Tensor]:
     """Several prompts with all their rows: prefixes not yet computed ride along in the same forward."""
-    segments = []
-    for prompt, plan in group:
-        ready = plan.split and plan.split <= len(prompt.cache)
-        context = prompt.cache[: plan.split] if ready else prompt.tokens[: plan.split]
-        segments.append(Segment(context, prompt.tokens[plan.split :].expand(patch.n_rows, -1)))
-    prompt, plan = group[0]
+    segments = [segment(prompt, plan.split, patch.n_rows) for prompt, plan in group]
+    plan = group[0][1]
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
     edit = make_edit(model, patch, tail, plan.n_tokens - plan.split, len(group))
     return list(model.pack(segments, edit).logits)
@@ -102,12 +105,13 @@ def _packed(model: Model, patch: Patch, group: list[tuple[Prefix, Plan]]) -> lis
 def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
     """One prompt, its rows in as many passes as the plan says."""
     if plan.strategy == "naive":
-        return naive.rows(model, patch, prompt.tokens)
+        return naive.rows(model, patch, prompt)
     if plan.strategy == "packed":
-        prompt = _ready(model, prompt, plan)
-    prefix = _ready(model, prompt, plan).cache[: plan.split] if plan.strategy == "expanded" and plan.split else None
+        prompt = _ready(prompt, plan)
+    prefix = _ready(prompt, plan).cache[: plan.split] if plan.strategy == "expanded" and plan.split else None
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
     ids = prompt.tokens[plan.split :]
+    inputs = None if prefix else prompt.prompt.inputs
     logits = []
     for start in range(0, plan.n_rows, plan.rows_per_pass):
         some = patch.rows(start, start + plan.rows_per_pass)
@@ -115,5 +119,5 @@ def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Ten
             logits += _packed(model, some, [(prompt, plan)])
         else:
             edit = make_edit(model, some, tail, len(ids))
-            logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix))
+            logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs))
     return torch.cat(logits) if len(logits) > 1 else logits[0]

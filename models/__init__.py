@@ -1,7 +1,9 @@
 """Models behind one small interface: `models.load(name)` opens one, `models.wrap(hf_model)` takes one in memory."""
 
 from models.interface import (
+    IMAGE,
     Edit,
+    Encoded,
     KeyValues,
     Model,
     Packed,
@@ -14,7 +16,9 @@ from models.interface import (
 from models.opening import load, wrap
 
 __all__ = [
+    "IMAGE",
     "Edit",
+    "Encoded",
     "KeyValues",
     "Model",
     "Packed",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.images import fit, image_marker, read_images
 from models.interface import (
     Edit,
+    Encoded,
     KeyValues,
     Packed,
     Prompt,
@@ -25,35 +29,51 @@ from models.packed import Layout, packed_attention
 from models.shapes import Float, Int
 
 # A decoder block's attention, and in it the output projection W_O, whose input is z.
-ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention", "cross_attn")
 PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")
+UNBOUNDED = 2**20  # context of models that name none (ALiBi)
 
 
 class HuggingFace:
-    """A `transformers` causal language model and its tokenizer, ready to be patched.
+    """A `transformers` language model, or image-text model, ready to be patched.
 
-    hf:        the model, in memory; its device and dtype are kept.
-    tokenizer: needed for string prompts only; token ids work without.
-    name:      stands in saved vectors and messages; default the config's `_name_or_path` or the class name.
+    hf:          the model, in memory; its device and dtype are kept.
+    tokenizer:   needed for string prompts only; token ids work without.
+    processor:   needed for prompts with images; brings its tokenizer.
+    name:        stands in saved vectors and messages; default the config's `_name_or_path` or the class name.
+    projections: dotted names of the attention output projections, a layer each, where they are not found.
 
     Raises UnsupportedModelError if no output projections are found.
     """
 
-    def __init__(self, hf: nn.Module, tokenizer: Any = None, name: str | None = None):
+    def __init__(
+        self,
+        hf: nn.Module,
+        tokenizer: Any = None,
+        processor: Any = None,
+        name: str | None = None,
+        projections: Sequence[str] | None = None,
+    ):
         self.hf = hf
-        self.tokenizer = tokenizer
+        self.processor = processor
+        self.tokenizer = processor.tokenizer if tokenizer is None and processor is not None else tokenizer
         self.config = hf.config.get_text_config()  # type: ignore[operator, union-attr]
-        self.name = name or self.config._name_or_path or type(hf).__name__
-        self.projections = find_projections(hf, self.config.num_hidden_layers)
-        self.shape = read_shape(self.config, self.projections[0])
-        self.packing_refused = why_not_packed(hf, self.config)
+        self.name: str = name or str(hf.config._name_or_path) or type(hf).__name__  # type: ignore[union-attr]
+        self.decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf  # type: ignore[operator]
+        if projections is None:
+            self.projections = find_projections(self.decoder, self.config.num_hidden_layers)
+        else:
+            self.projections = [hf.get_submodule(path) for path in projections]
+        self.shape = read_shape(self.config, self.projections)
+        self.sharing_refused = why_not_shared(self.decoder)
+        self.packing_refused = self.sharing_refused or why_not_packed(hf, self.config)
         self.eos = read_eos(hf)
         self._modules = list(hf.modules())
         self._linears = onednn_layers(self._modules)
-        self._keeps_logits = "logits_to_keep" in inspect.signature(hf.forward).parameters
+        self._accepts = inspect.signature(hf.forward).parameters
 
     def __repr__(self) -> str:
-        return f"HuggingFace({self.name!r}: {self.shape}; {self.dtype} on {self.device})"
+        return f"{type(self).__name__}({self.name!r}: {self.shape}; {self.dtype} on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -63,10 +83,30 @@ class HuggingFace:
     def dtype(self) -> torch.dtype:
         return self.hf.get_input_embeddings().weight.dtype  # type: ignore[operator]
 
-    def encode(self, prompt: PromptLike) -> Int[Tensor, " tokens"]:
+    @property
+    def architecture(self) -> str:
+        fields = {k: v for k, v in self.hf.config.to_dict().items() if k != "_name_or_path"}  # type: ignore[operator,union-attr]
+        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return f"{type(self).__name__} {type(self.hf).__name__} {digest} {self.dtype} {self.device.type}"
+
+    def read(self, prompt: PromptLike) -> Encoded:
+        if isinstance(prompt, Prompt) and prompt.images:
+            if self.processor is None:
+                raise ValueError(
+                    f"the prompt has {len(prompt.images)} image(s), but {self.name} is a text model, "
+                    "or was wrapped without its processor"
+                )
+            image_token = getattr(self.hf.config, "image_token_id", None) or self.hf.config.image_token_index  # type: ignore[union-attr]
+            read = read_images(prompt, self.processor, image_token, self.name)  # type: ignore[arg-type]
+            inputs = {
+                key: value.to(self.device, self.dtype if value.is_floating_point() else None)
+                for key, value in read.inputs.items()
+            }
+            self._check_ids(read.ids, self.hf.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+            return Encoded(read.ids.to(self.device), inputs, read.image_tokens)
         if isinstance(prompt, Prompt):
-            if prompt.images:
-                raise ValueError(f"the prompt has {len(prompt.images)} image(s), but {self.name} is a text model")
+            if self.processor is not None and image_marker(self.processor) in prompt.text:
+                raise ValueError(f"the prompt has image markers and no images: {prompt.text!r:.80}")
             prompt = prompt.text
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -88,13 +128,17 @@ class HuggingFace:
             ids = ids.long()
         if not ids.numel():
             raise ValueError(f"the prompt is empty: {prompt!r} has no tokens")
+        self._check_ids(ids, self.shape.vocab_size)
+        return Encoded(ids.to(self.device))
+
+    def _check_ids(self, ids: Int[Tensor, " tokens"], vocab_size: int) -> None:
         if ids.numel() > self.shape.max_tokens:
             raise ValueError(f"the prompt has {ids.numel()} tokens, {self.name} takes at most {self.shape.max_tokens}")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.shape.vocab_size:
-            raise ValueError(
-                f"token ids must lie in [0, {self.shape.vocab_size}), got {int(ids.min())} to {int(ids.max())}"
-            )
-        return ids.to(self.device)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}")
+
+    def encode(self, prompt: PromptLike) -> Int[Tensor, " tokens"]:
+        return self.read(prompt).ids
 
     def decode(self, tokens: Int[Tensor, " tokens"]) -> str:
         if self.tokenizer is None:
@@ -102,13 +146,23 @@ class HuggingFace:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
     def forward(
-        self, tokens: Int[Tensor, "batch tokens"], edit: Edit | None = None, prefix: KeyValues | None = None
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        edit: Edit | None = None,
+        prefix: KeyValues | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> Float[Tensor, "batch vocab"]:
-        cache = None if prefix is None else _expanded_cache(prefix, len(tokens))
-        with self._running(), self._edited(edit, 0, tokens.shape[0], tokens.shape[1]):
-            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-            out = self.hf(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **keep)
-        return out.logits[:, -1]
+        batch, n_tokens = tokens.shape
+        given: dict[str, Any] = {"input_ids": tokens, "use_cache": prefix is not None}
+        if prefix is not None:
+            given["past_key_values"] = _expanded_cache(prefix, batch)
+            # Counted on from the prefix: what a model would guess depends on what it last saw.
+            start = len(prefix) + prefix.offset
+            given["position_ids"] = torch.arange(start, start + n_tokens, device=self.device).expand(batch, -1)
+        for key, value in fit(dict(inputs or {}), n_tokens).items():
+            given[key] = value if batch == 1 else value.repeat(batch, *[1] * (value.ndim - 1))
+        with self._running():
+            return self._call(edit, 0, batch, n_tokens, logits_to_keep=1, **given)[:, -1]
 
     def pack(
         self, segments: Sequence[Segment], edit: Edit | None = None, keep: bool = False, logits: bool = True
@@ -116,75 +170,110 @@ class HuggingFace:
         if self.packing_refused:
             raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {self.packing_refused}")
         layout = Layout(segments, keep)
-        read = layout.last_tokens(self.device)[: None if logits else 0]
-        batch = len(segments) * layout.n_rows
-        with (
-            self._running(),
-            packed_attention(self.config, layout),
-            self._edited(edit, layout.first_row, batch, layout.n_tokens),
-        ):
-            out = self.hf(
+        n_segments = len(segments)
+        with self._running(), packed_attention(self.config, layout):
+            out = self._call(
+                edit,
+                layout.first_row,
+                n_segments * layout.n_rows,
+                layout.n_tokens,
                 input_ids=layout.tokens(),
                 position_ids=layout.positions(self.device),
                 use_cache=False,
-                logits_to_keep=read,
+                logits_to_keep=layout.last_tokens(self.device)[: None if logits else 0],
             )
-        rows = out.logits[0].unflatten(0, (len(segments), layout.n_rows if logits else 0))
+        rows = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
         return Packed(rows, layout.contexts, layout.rows) if keep else Packed(rows)
 
-    def prefill(self, prompts: Sequence[Int[Tensor, " _"]]) -> list[KeyValues]:
-        if not self.packing_refused:
-            none = torch.empty(0, 0, dtype=torch.long, device=self.device)
-            return self.pack([Segment(ids, none) for ids in prompts], keep=True).contexts
-        return [self._prefill_one(ids) for ids in prompts]
+    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
+        if self.packing_refused or any(prompt.inputs for prompt in prompts):
+            return [self._prefill_one(prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
+        none = torch.empty(0, 0, dtype=torch.long, device=self.device)
+        segments = [Segment(prompt.ids[:n], none) for prompt, n in zip(prompts, lengths, strict=True)]
+        return self.pack(segments, keep=True).contexts
 
-    def _prefill_one(self, ids: Int[Tensor, " tokens"]) -> KeyValues:
+    def _prefill_one(self, prompt: Encoded, n_tokens: int) -> KeyValues:
+        """By the model's own attention, with its pixels; the positions it gives are read off on the way."""
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config every layer keeps all tokens, sliding windows included
-        with self._running():
-            keep = {"logits_to_keep": 1} if self._keeps_logits else {}
-            self.hf(input_ids=ids[None], past_key_values=cache, use_cache=True, **keep)
-        layers = cache.layers
-        return KeyValues([layer.keys[0] for layer in layers], [layer.values[0] for layer in layers])
+        seen: list[Tensor | None] = []
+
+        def positions(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+            seen.append(kwargs.get("position_ids"))
+
+        handle = self.decoder.register_forward_pre_hook(positions, with_kwargs=True)
+        try:
+            with self._running():
+                given = fit(prompt.inputs, n_tokens)
+                ids = prompt.ids[None, :n_tokens]
+                self._call(
+                    None,
+                    0,
+                    1,
+                    n_tokens,
+                    input_ids=ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    **given,
+                )
+        finally:
+            handle.remove()
+        given_positions = seen[0] if prompt.inputs and seen else None
+        offset = 0 if given_positions is None else int(given_positions.max()) + 1 - n_tokens
+        keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+        return KeyValues(keys, values, offset)
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Within: no dropout, and fast linear layers. After: all as before."""
-        with undisturbed(self._modules), onednn_linear(self._linears):
-            yield
+        """Within: no dropout, and fast linear layers. After: all as before, positions remembered of images too."""
+        remembered = [(module, module.rope_deltas) for module in self._modules if hasattr(module, "rope_deltas")]
+        try:
+            with undisturbed(self._modules), onednn_linear(self._linears):
+                yield
+        finally:
+            for module, deltas in remembered:
+                module.rope_deltas = deltas
+
+    def _call(self, edit: Edit | None, first: int, batch: int, n_tokens: int, **given: Any) -> Tensor:
+        """The one place that runs the model: logits [batch, kept, vocab]. `edit` sees tokens from `first` on."""
+        given = {key: value for key, value in given.items() if key in self._accepts}
+        with self._edited(edit, first, batch, n_tokens):
+            return self.hf(**given).logits
 
     @contextmanager
     def _edited(self, edit: Edit | None, first: int, batch: int, tokens: int) -> Iterator[None]:
         """Within: `edit` sees the input of every output projection, from token `first` of the sequence on."""
         handles = []
-        n_heads = self.shape.n_heads
 
-        def hook(layer: int) -> Any:
-            def pre(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-                rows = args[0][
-                    :, first:
-                ]  # [batch, tokens, H*D], or the rows of a packed sequence [1, batch*tokens, H*D]
-                z = rows.unflatten(2, (n_heads, -1)).reshape(batch, tokens, n_heads, -1)
-                edited = edit(layer, z)  # type: ignore[misc]
-                if edited is z:
-                    return args
-                if not first:
-                    return (edited.reshape(args[0].shape),)
-                # The sequence was made by the attention function for this layer alone: writing saves a copy of it.
-                rows.copy_(edited.reshape(rows.shape))
-                return args
-
-            return pre
+        def hook(layer: int, edit: Edit) -> Any:
+            return lambda _, args: (self._edit(edit, layer, args[0], first, batch, tokens), *args[1:])
 
         try:
             if edit is not None:
                 for layer, projection in enumerate(self.projections):
-                    handles.append(projection.register_forward_pre_hook(hook(layer)))
+                    handles.append(projection.register_forward_pre_hook(hook(layer, edit)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _edit(self, edit: Edit, layer: int, x: Tensor, first: int, batch: int, tokens: int) -> Tensor:
+        """What a projection is given, edited from token `first` on: x itself (written to, if packed) or a new tensor.
+
+        x: [batch, tokens, H*D], or a packed sequence [1, first + batch*tokens, H*D].
+        """
+        rows = x[:, first:]
+        z = rows.unflatten(2, (self.shape.n_heads, -1)).reshape(batch, tokens, self.shape.n_heads, -1)
+        edited = edit(layer, z)
+        if edited is z:
+            return x
+        if not first:
+            return edited.reshape(x.shape)
+        # The sequence was made by the attention function for this layer alone: writing saves a copy of it.
+        rows.copy_(edited.reshape(rows.shape))
+        return x
 
 
 @contextmanager
@@ -200,36 +289,41 @@ def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.training = True
 
 
-def find_projections(hf: nn.Module, n_layers: int) -> list[nn.Module]:
+def find_projections(decoder: nn.Module, n_layers: int) -> list[nn.Module]:
     """The attention output projection W_O of each decoder layer, in order."""
-    decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf  # type: ignore[operator]
     stacks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     for stack in stacks:
         found = []
         for block in stack:
-            attention = next((getattr(block, name) for name in ATTENTIONS if hasattr(block, name)), None)
+            attention = find_attention(block)
             found += [getattr(attention, name) for name in PROJECTIONS if hasattr(attention, name)][:1]
         if len(found) == n_layers:
             return found
     raise UnsupportedModelError(
-        f"no attention output projections found in {type(hf).__name__}: looked in its decoder for a list of {n_layers} "
-        f"blocks, each with one of {ATTENTIONS} that has one of {PROJECTIONS}"
+        f"no attention output projections found in {type(decoder).__name__}: looked for a list of {n_layers} blocks, "
+        f"each with one of {ATTENTIONS} that has one of {PROJECTIONS}; declare them: "
+        "models.wrap(model, projections=[...]), a dotted module name a layer"
     )
 
 
-def read_shape(config: Any, projection: nn.Module) -> Shape:
+def find_attention(block: nn.Module) -> nn.Module | None:
+    return next((getattr(block, name) for name in ATTENTIONS if hasattr(block, name)), None)
+
+
+def read_shape(config: Any, projections: Sequence[nn.Module]) -> Shape:
     n_heads = config.num_attention_heads
+    projection = projections[0]
     weight: Tensor = projection.weight  # type: ignore[assignment]
     # transformers' Conv1D stores [in, out], Linear [out, in]; the input is heads * head_dim wide.
     width = weight.shape[0] if type(projection).__name__ == "Conv1D" else weight.shape[1]
     return Shape(
-        n_layers=config.num_hidden_layers,
+        n_layers=len(projections),
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         head_dim=width // n_heads,
         d_model=config.hidden_size,
         vocab_size=config.vocab_size,
-        max_tokens=config.max_position_embeddings,
+        max_tokens=getattr(config, "max_position_embeddings", None) or UNBOUNDED,
     )
 
 
@@ -240,6 +334,16 @@ def read_eos(hf: nn.Module) -> frozenset[int]:
     return frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
 
+def why_not_shared(decoder: nn.Module) -> str:
+    """Why no prefix is independent of what follows it; empty if it is."""
+    for module in decoder.modules():
+        if hasattr(module, "cross_attn"):
+            return "it has cross-attention layers, whose keys and values are not those of its tokens"
+        if getattr(module, "is_causal", True) is False:
+            return "its tokens see those that follow them"
+    return ""
+
+
 def why_not_packed(hf: nn.Module, config: Any) -> str:
     """Why packed rows would not be exact; empty if they are. Refuses what it does not know to be right."""
     if not getattr(hf, "_supports_attention_backend", False):
@@ -247,8 +351,6 @@ def why_not_packed(hf: nn.Module, config: Any) -> str:
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}, which packed rows do not follow"
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
-        return "its rotary positions have several axes"
     return ""
 
 

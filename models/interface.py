@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from models.shapes import Float, Int
+from models.shapes import Bool, Float, Int
 
 # edit(layer, z) -> z, with z[batch, tokens, heads, head_dim] the heads' outputs before the output projection.
 # It is called once a layer, in order, with the tokens of every row; it returns z, or a new tensor of its shape.
@@ -39,16 +39,42 @@ class Shape:
         )
 
 
+IMAGE = "<image>"
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as an object. Images belong to image-text models and are refused by text models.
+    """Text with images in it, for image-text models: each `<image>` (or the model's own marker) stands for one image.
 
-    >>> Prompt("Q: hot\\nA:").text
-    'Q: hot\\nA:'
+    images: PIL images, or paths of image files, in the order of their markers.
+
+    >>> Prompt("Q: <image> Which colour?\\nA: red\\n\\nQ: <image> Which colour?\\nA:", ("a.png", "b.png")).images
+    ('a.png', 'b.png')
     """
 
     text: str
     images: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A prompt as a model takes it.
+
+    ids:          its tokens.
+    inputs:       what else the model's processor made of it (pixels, token types), by the names of the model's forward.
+    image_tokens: which tokens stand for pixels; None without images.
+    """
+
+    ids: Int[Tensor, " tokens"]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    image_tokens: Bool[Tensor, " tokens"] | None = None
+
+    @property
+    def free_from(self) -> int:
+        """The first token after the last image: rows that begin here see all pixels through keys and values."""
+        if self.image_tokens is None:
+            return 0
+        return int(self.image_tokens.nonzero().max()) + 1
 
 
 PromptLike: TypeAlias = "str | Prompt | Sequence[int] | Tensor"
@@ -62,13 +88,16 @@ class KeyValues:
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    # Position of the token that follows, less the number of tokens: images may take up fewer positions than tokens.
+    offset: int = 0
 
     def __len__(self) -> int:
         return self.keys[0].shape[-2] if self.keys else 0
 
     def __getitem__(self, tokens: slice) -> KeyValues:
         """A view of some of the tokens; nothing is copied."""
-        return KeyValues([k[..., tokens, :] for k in self.keys], [v[..., tokens, :] for v in self.values])
+        keys, values = [k[..., tokens, :] for k in self.keys], [v[..., tokens, :] for v in self.values]
+        return KeyValues(keys, values, self.offset)
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +130,12 @@ class Segment:
     def n_past(self) -> int:
         return 0 if self.past is None else len(self.past)
 
+    @property
+    def position(self) -> int:
+        """Of the first token of every row."""
+        offset = self.context.offset if isinstance(self.context, KeyValues) else 0
+        return self.n_context + self.n_past + offset
+
 
 @dataclass
 class Packed:
@@ -120,8 +155,15 @@ class Model(Protocol):
     tokenizer: Any
     # Why packed rows are not exact on this model; empty if they are.
     packing_refused: str
+    # Why no prefix can be shared at all; empty if it can.
+    sharing_refused: str
     # Tokens that end an answer.
     eos: frozenset[int]
+
+    @property
+    def architecture(self) -> str:
+        """Equal for models on which the same strategies are exact."""
+        ...
 
     @property
     def device(self) -> torch.device: ...
@@ -129,17 +171,27 @@ class Model(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    def read(self, prompt: PromptLike) -> Encoded:
+        """A prompt encoded and checked: not empty, within the vocabulary and the context, an image for each marker."""
+        ...
+
     def encode(self, prompt: PromptLike) -> Int[Tensor, " tokens"]:
-        """Token ids of a prompt, checked: not empty, within the vocabulary and the context."""
+        """The token ids of `read`."""
         ...
 
     def decode(self, tokens: Int[Tensor, " tokens"]) -> str: ...
 
     def forward(
-        self, tokens: Int[Tensor, "batch tokens"], edit: Edit | None = None, prefix: KeyValues | None = None
+        self,
+        tokens: Int[Tensor, "batch tokens"],
+        edit: Edit | None = None,
+        prefix: KeyValues | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
     ) -> Float[Tensor, "batch vocab"]:
         """Plain forward of equally long rows, each continuing `prefix` if given: logits of the last token.
+
         The model's own attention and cache; `edit` sees z [batch, tokens, heads, head_dim].
+        inputs: of the whole prompt (pixels), the same for every row.
         """
         ...
 
@@ -152,6 +204,6 @@ class Model(Protocol):
         """
         ...
 
-    def prefill(self, prompts: Sequence[Int[Tensor, " _"]]) -> list[KeyValues]:
-        """Keys and values of each prompt's tokens, unpatched."""
+    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
+        """Keys and values of the first tokens of each prompt, unpatched."""
         ...

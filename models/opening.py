@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,29 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     >>> models.load("smollm2-135m").shape.n_layers
     30
     """
-    hf, tokenizer = zoo.smollm2(dtype) if str(name) == zoo.SMOLLM2 else _from_folder_or_hub(name, dtype)
-    return wrap(hf.to(device), tokenizer, name=str(name))
+    processor = None
+    if str(name) == zoo.SMOLLM2:
+        hf, tokenizer = zoo.smollm2(dtype)
+    else:
+        hf, tokenizer, processor = _from_folder_or_hub(name, dtype)
+    return wrap(hf.to(device), tokenizer, processor=processor, name=str(name))
 
 
-def wrap(model: nn.Module, tokenizer: Any = None, name: str | None = None) -> Model:
-    """Take a `transformers` causal language model that is already in memory; nothing is copied or changed.
+def wrap(
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    processor: Any = None,
+    name: str | None = None,
+    projections: Sequence[str] | None = None,
+) -> Model:
+    """Take a `transformers` language or image-text model that is already in memory; nothing is copied or changed.
 
-    tokenizer: needed for string prompts and text answers; token ids work without.
-    name:      how saved vectors and messages call it.
+    tokenizer:   needed for string prompts and text answers; token ids work without.
+    processor:   of an image-text model, for prompts with images; brings its tokenizer.
+    name:        how saved vectors and messages call it.
+    projections: for an architecture unknown here: dotted names of the attention output projections, a layer each,
+                 as in ["model.layers.0.attention.wo", ...].
 
     Raises TypeError for anything but a transformers model, UnsupportedModelError for one of unknown layout.
 
@@ -46,14 +61,17 @@ def wrap(model: nn.Module, tokenizer: Any = None, name: str | None = None) -> Mo
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no vocabulary projection: expected a language model")
-    return HuggingFace(model, tokenizer, name)
+    return HuggingFace(model, tokenizer, processor, name, projections)
 
 
-def _from_folder_or_hub(name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _from_folder_or_hub(name: str | Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+        if type(AutoConfig.from_pretrained(name)) in AutoModelForImageTextToText._model_mapping:
+            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            return hf, None, AutoProcessor.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name), None
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, a folder with a transformers model, "

@@ -47,7 +47,7 @@ class Layout:
     def positions(self, device: torch.device) -> Int[Tensor, "1 sequence"]:
         """Rows continue their context: all rows of a segment stand at the same positions."""
         contexts = [torch.arange(s.n_computed, device=device) for s in self.segments]
-        starts = [s.n_context + s.n_past for s in self.segments]
+        starts = [s.position for s in self.segments]
         rows = [torch.arange(i, i + self.n_tokens, device=device).repeat(self.n_rows) for i in starts]
         return torch.cat([*contexts, *rows])[None]
 

@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 
 from engine.artifacts import TaskVector, load_tensors, save_tensors
 from engine.intervention import read_values
-from engine.prefix import PrefixPool
+from engine.prefix import Prefix, PrefixPool
 from engine.progress import track
 from engine.tasks.scoring import Example, first_token, first_token_losses
 from models import Model
@@ -120,7 +120,7 @@ def extract(
     pool = PrefixPool(model, [example.prompt for example in examples])
     for example in validation or ():  # what is wrong with them is said now, not after the search
         first_token(model, example)
-        model.encode(example.prompt)
+        model.read(example.prompt)
 
     settings = dict(preset=preset, rollouts=rollouts, lr=lr, seed=seed)
     search = Search(chosen, shape, lr, seed)
@@ -269,11 +269,14 @@ def _choose(
 
 
 def _identity(
-    model: Model, means: Tensor, prompts: Sequence[Tensor], targets: Sequence[int], settings: dict[str, Any]
+    model: Model, means: Tensor, prompts: Sequence[Prefix], targets: Sequence[int], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued."""
     digest = hashlib.sha256(means.detach().float().cpu().numpy().tobytes())
-    digest.update(json.dumps([[p.tolist() for p in prompts], list(targets)]).encode())
+    digest.update(json.dumps([[p.tokens.tolist() for p in prompts], list(targets)]).encode())
+    for prompt in prompts:
+        for pixels in prompt.prompt.inputs.values():
+            digest.update(pixels.cpu().numpy().tobytes())
     return dict(settings, model=model.name, shape=asdict(model.shape), data=digest.hexdigest()[:16])
 
 

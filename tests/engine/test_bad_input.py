@@ -505,7 +505,7 @@ def test_wrapping_a_model_without_vocabulary_projection():
 
 def test_wrapping_a_model_without_attention():
     config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=97, state_size=4)
-    with pytest.raises(models.UnsupportedModelError, match="output projections found in MambaForCausalLM"):
+    with pytest.raises(models.UnsupportedModelError, match="output projections found in Mamba"):
         models.wrap(transformers.MambaForCausalLM(config))
 
 

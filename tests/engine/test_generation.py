@@ -107,6 +107,7 @@ def test_all_answers_ended_ends_the_work(model, draw):
     heads, values = draw(model, rows=3)
     wrapped = models.wrap(model.hf, model.tokenizer)
     wrapped.eos = frozenset(range(97))
+    engine.generate(wrapped, TEXTS[0], max_new_tokens=1)  # a model met for the first time is checked
     runs = []
     handle = model.hf.register_forward_pre_hook(lambda *_: runs.append(1))
     try:

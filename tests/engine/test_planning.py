@@ -102,7 +102,7 @@ def test_what_a_plan_says():
 
 
 def test_refused():
-    with pytest.raises(UnsupportedModelError, match="not exact on this model: it slides"):
+    with pytest.raises(UnsupportedModelError, match="not exact here: it slides"):
         plan(strategy="packed", packing_refused="it slides")
     with pytest.raises(ValueError, match="rows must be a positive integer, got 0"):
         plan(n_rows=0)

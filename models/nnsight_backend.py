@@ -1,0 +1,124 @@
+"""The nnsight backend: patches made inside traces of an nnsight model, with the packed rows of the plain backend."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextvars import copy_context
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.huggingface import HuggingFace
+from models.interface import Edit
+
+
+def is_nnsight(model: object) -> bool:
+    """Whether it is an nnsight model (`NNsight`, `TransformersModel`); nnsight is not imported to find out.
+
+    >>> is_nnsight("smollm2-135m")
+    False
+    """
+    nnsight = sys.modules.get("nnsight")
+    return nnsight is not None and isinstance(model, nnsight.NNsight)
+
+
+class NNsightBackend(HuggingFace):
+    """A `transformers` model wrapped by nnsight, ready to be patched: every forward is a trace of the caller's model.
+
+    model:       `nnsight.NNsight(hf)` or `nnsight.TransformersModel(...)`; loaded now if it was not yet.
+    tokenizer, processor: default those of a `TransformersModel`; else as for `HuggingFace`.
+    name, projections:    as for `HuggingFace`.
+
+    What a model does in a trace beyond its own code, edits registered by `model.edit()`, happens here too. Such edits
+    may depend on where a token stands, so no prefix is shared then: wrap again after registering or clearing them.
+
+    nnsight keeps a `forward` and a `__nnsight__` in the `__dict__` of every module it has wrapped, idle outside traces;
+    they stay as long as the caller's nnsight model is in use. `from_huggingface` can take its own off: `unwrap()`.
+
+    Raises TypeError for anything but an nnsight model, UnsupportedModelError for one of unknown layout. Calls raise
+    RuntimeError inside a trace of the same model.
+
+    >>> model = NNsightBackend(nnsight.NNsight(hf), tokenizer)
+    >>> engine.patch(model, "Q: hot\\nA:", heads=[(10, 3)], values=means).shape
+    torch.Size([1, 49152])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        processor: Any = None,
+        name: str | None = None,
+        projections: Sequence[str] | None = None,
+    ):
+        if not is_nnsight(model):
+            raise TypeError(f"expected an nnsight model, got {type(model).__name__}")
+        if not getattr(model, "dispatched", True):
+            model.dispatch()
+        processor = processor or getattr(model, "processor", None)
+        tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        super().__init__(model._module, tokenizer, processor, name, projections)
+        self.model = model
+        envoys = {id(envoy._module): envoy for envoy in model.modules()}
+        self._envoys = [envoys[id(projection)] for projection in self.projections]
+        self._own_edits = list(model._edits)
+        self._found: dict[nn.Module, dict[str, Any]] = {}
+        if self._own_edits:
+            self.sharing_refused = self.sharing_refused or "it has edits registered with nnsight, of any token"
+            self.packing_refused = self.packing_refused or self.sharing_refused
+
+    @classmethod
+    def from_huggingface(
+        cls, hf: nn.Module, tokenizer: Any = None, processor: Any = None, name: str | None = None
+    ) -> NNsightBackend:
+        """Wrap a transformers model in memory, `nnsight.NNsight(hf)`; nothing is copied.
+
+        Raises ImportError without nnsight, UnsupportedModelError for a model of unknown layout.
+
+        >>> NNsightBackend.from_huggingface(hf, tokenizer).unwrap() is hf
+        True
+        """
+        try:
+            import nnsight
+        except ImportError as error:
+            raise ImportError("this needs nnsight: pip install 'headpatch[nnsight]'") from error
+        before = {module: dict(module.__dict__) for module in hf.modules()}
+        backend = cls(nnsight.NNsight(hf), tokenizer, processor, name)
+        backend._found = before
+        return backend
+
+    def unwrap(self) -> nn.Module:
+        """The transformers model, without what nnsight put on it if `from_huggingface` did; not to be used after."""
+        for module, before in self._found.items():
+            for key in ("forward", "__nnsight__"):
+                if key in before:
+                    module.__dict__[key] = before[key]
+                else:
+                    module.__dict__.pop(key, None)
+        self._found = {}
+        return self.hf
+
+    def _call(self, edit: Edit | None, first: int, batch: int, n_tokens: int, **given: Any) -> Tensor:
+        given = {key: value for key, value in given.items() if key in self._accepts}
+        if self.model.interleaver.interleaving:
+            raise RuntimeError(f"{self.name} is in a trace already: patch it outside")
+        if self.model._edits != self._own_edits:
+            raise RuntimeError(f"edits of {self.name} were registered or cleared since it was wrapped: wrap it again")
+        logits: list[Tensor] = []
+        envoys = [] if edit is None else self._envoys
+        # The block runs in a greenlet, whose context variables are not the caller's: edit gets the caller's.
+        apply, change = copy_context().run, self._edit
+
+        def run(_: Tensor) -> None:
+            logits.append(self.hf(**given).logits)
+
+        # A float tensor goes to `run` as it is, whatever the class of nnsight's model; token ids would be prepared.
+        with self.model.trace(torch.zeros(1, 1), fn=run):
+            for layer, envoy in enumerate(envoys):
+                x = envoy.input
+                edited = apply(change, edit, layer, x, first, batch, n_tokens)
+                if edited is not x:
+                    envoy.input = edited
+        return logits[0]
