@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 import models
+from bench import backends as backends_case
 from bench import exactness as exactness_case
+from bench import families as families_case
 from bench import memory as memory_case
 from bench import rollouts as rollouts_case
 from bench import search as search_case
+from engine.artifacts import write_whole
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console(width=120)
 
 
@@ -91,6 +95,40 @@ def exactness() -> None:
         table.add_row(*(f"{v:.1e}" if isinstance(v, float) else str(v) for v in result.values()))
     out.print(table)
     _record("exactness", results)
+
+
+@app.command()
+def families(
+    only: Annotated[str, typer.Option(help="Families, separated by commas; default all.")] = "",
+    backends: Annotated[str, typer.Option(help="Backends, separated by commas.")] = ",".join(families_case.BACKENDS),
+    write: Annotated[Path | None, typer.Option(help="A Markdown file for the table.")] = None,
+) -> None:
+    """Every family and strategy against naive (float32) and float64 (bfloat16), on tiny random models."""
+    found = families_case.measure(only.split(",") if only else None, backends.split(","))
+    table = Table("family", *families_case.STRATEGIES, title="largest logit difference to naive (bf16: over naive's)")
+    for one in dict.fromkeys((cell.family, cell.backend) for cell in found):
+        table.add_row(*one, *(str(cell) for cell in found if (cell.family, cell.backend) == one))
+    out.print(table)
+    exact = [cell for cell in found if cell.exact]
+    worst = max((cell for cell in found if not cell.refused), key=lambda cell: cell.difference)
+    out.print(
+        f"{len(exact)} cells exact, {sum(bool(c.refused) for c in found)} refused, of {len(found)}; worst: {worst}"
+    )
+    if write:
+        write_whole(write, families_case.markdown(found))
+    _record("families", [asdict(cell) for cell in found])
+
+
+@app.command()
+def backends(tokens: int = 512, rows: int = 32, rounds: int = 3) -> None:
+    """Rows of one prompt by each backend against its own naive forwards, on SmolLM2's shape."""
+    results = [backends_case.measure(backend, tokens, rows, rounds) for backend in families_case.BACKENDS]
+    table = Table("backend", "naive / fresh", "naive / reused", "apart", title=f"{rows} rollouts, T={tokens}")
+    for result in results:
+        ratios = (_spread(result[key]) for key in ("naive / fresh", "naive / reused"))
+        table.add_row(result["backend"], *ratios, f"{result['agreement']:.0e}")
+    out.print(table)
+    _record("backends", results)
 
 
 def _spread(samples: dict[str, float], scale: float = 1) -> str:

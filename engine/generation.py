@@ -15,7 +15,7 @@ from engine.patching import make_plans
 from engine.planning import MAX_TOKENS, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
 from engine.runner import make_edit, run, segment
-from models import Model, Segment
+from models import Model, Segment, UnsupportedModelError
 
 
 @torch.no_grad()
@@ -49,6 +49,8 @@ def generate(
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
     if stop == "":
         raise ValueError("stop must be text that ends an answer, or None, got ''")
+    if not model.generates:
+        raise UnsupportedModelError(f"{model.name} is an encoder: it answers, but does not generate text")
     if model.tokenizer is None:
         raise ValueError(
             f"{model.name} was wrapped without a tokenizer: answers are text, which needs wrap(..., tokenizer=)"
@@ -130,13 +132,13 @@ def _decode_one_by_one(
         prompt = compute([prompt], [n_prompt - 1])[0]
     answers = []
     for row in range(patch.n_rows):
-        answer, tokens = _Answer(model, stop), prompt.tokens
+        answer, grown = _Answer(model, stop), prompt
         for _ in range(max_new_tokens):
-            positions = tuple(range(n_prompt - 1, len(tokens)))
-            plan = make_plan(model.shape, len(tokens), 1, positions, strategy)
-            grown = replace(prompt, prompt=replace(prompt.prompt, ids=tokens))
+            n_tokens = len(grown.tokens)
+            positions = tuple(range(n_prompt - 1, n_tokens))
+            plan = make_plan(model.shape, n_tokens, 1, positions, strategy)
             token = run(model, replace(patch.rows(row, row + 1), positions=positions), [grown], [plan])[0, 0].argmax()
-            tokens = torch.cat([tokens, token[None]])
+            grown = replace(grown, prompt=grown.prompt.then(token[None]))
             if not answer.take(int(token)):
                 break
         answers.append(answer.text())

@@ -105,7 +105,7 @@ def patched_positions(patch: Patch, prompt: Prefix) -> tuple[int, ...]:
 
 def why_not_split(prompt: Encoded, split: int) -> str:
     """Why rows cannot begin at this token; empty if they can."""
-    if 0 < split < prompt.free_from:
+    if split < prompt.free_from:
         return f"an image follows: it has image tokens up to {prompt.free_from - 1}, rows would begin at {split}"
     return ""
 

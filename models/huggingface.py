@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.images import fit, image_marker, read_images
 from models.interface import (
+    IMAGE,
     Edit,
     Encoded,
     KeyValues,
@@ -30,7 +31,7 @@ from models.shapes import Float, Int
 
 # A decoder block's attention, and in it the output projection W_O, whose input is z.
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention", "cross_attn")
-PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense")
+PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "output.dense")
 UNBOUNDED = 2**20  # context of models that name none (ALiBi)
 
 
@@ -45,6 +46,8 @@ class HuggingFace:
 
     Raises UnsupportedModelError if no output projections are found.
     """
+
+    generates = True
 
     def __init__(
         self,
@@ -68,9 +71,13 @@ class HuggingFace:
         self.sharing_refused = why_not_shared(self.decoder)
         self.packing_refused = self.sharing_refused or why_not_packed(hf, self.config)
         self.eos = read_eos(hf)
-        self._modules = list(hf.modules())
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        """What every call needs and no call changes."""
+        self._modules = list(self.hf.modules())
         self._linears = onednn_layers(self._modules)
-        self._accepts = inspect.signature(hf.forward).parameters
+        self._accepts = inspect.signature(self.hf.forward).parameters
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {self.shape}; {self.dtype} on {self.device})"
@@ -104,9 +111,13 @@ class HuggingFace:
             }
             self._check_ids(read.ids, self.hf.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
             return Encoded(read.ids.to(self.device), inputs, read.image_tokens)
+        marker = image_marker(self.processor) if self.processor is not None else None
+        if marker and isinstance(prompt, Prompt) and (marker in prompt.text or IMAGE in prompt.text):
+            raise ValueError(f"the prompt has image markers and no images: {prompt.text!r:.80}")
+        return self._read_text(prompt, self.shape.vocab_size)
+
+    def _read_text(self, prompt: PromptLike, vocab_size: int) -> Encoded:
         if isinstance(prompt, Prompt):
-            if self.processor is not None and image_marker(self.processor) in prompt.text:
-                raise ValueError(f"the prompt has image markers and no images: {prompt.text!r:.80}")
             prompt = prompt.text
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -128,7 +139,7 @@ class HuggingFace:
             ids = ids.long()
         if not ids.numel():
             raise ValueError(f"the prompt is empty: {prompt!r} has no tokens")
-        self._check_ids(ids, self.shape.vocab_size)
+        self._check_ids(ids, vocab_size)
         return Encoded(ids.to(self.device))
 
     def _check_ids(self, ids: Int[Tensor, " tokens"], vocab_size: int) -> None:
@@ -296,7 +307,8 @@ def find_projections(decoder: nn.Module, n_layers: int) -> list[nn.Module]:
         found = []
         for block in stack:
             attention = find_attention(block)
-            found += [getattr(attention, name) for name in PROJECTIONS if hasattr(attention, name)][:1]
+            named = dict(attention.named_modules()) if attention is not None else {}
+            found += [named[name] for name in PROJECTIONS if name in named][:1]
         if len(found) == n_layers:
             return found
     raise UnsupportedModelError(

@@ -29,7 +29,7 @@ def read_images(prompt: Prompt, processor: Any, image_token: int, name: str) -> 
             f"the prompt has {text.count(marker)} image marker(s) ({IMAGE} or {marker}) "
             f"and {len(prompt.images)} image(s): expected one image for each marker"
         )
-    images = [_open(image, index) for index, image in enumerate(prompt.images)]
+    images = [open_image(image, index) for index, image in enumerate(prompt.images)]
     out = processor(text=text, images=[images] if _nested(processor) else images, return_tensors="pt")
     ids = torch.as_tensor(out["input_ids"])[0]
     inputs = {key: value for key, value in out.items() if key not in UNUSED and isinstance(value, Tensor)}
@@ -64,7 +64,8 @@ def _nested(processor: Any) -> bool:
     return type(processor).__name__.startswith(("Idefics", "SmolVLM", "Mllama", "Gemma3"))
 
 
-def _open(image: Any, index: int) -> Image.Image:
+def open_image(image: Any, index: int) -> Image.Image:
+    """An image, or the file of one, in RGB. Raises ValueError if it cannot be read."""
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     try:

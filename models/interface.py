@@ -69,6 +69,13 @@ class Encoded:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     image_tokens: Bool[Tensor, " tokens"] | None = None
 
+    def then(self, ids: Int[Tensor, " more"]) -> Encoded:
+        """The prompt with text tokens after it."""
+        images = self.image_tokens
+        if images is not None:
+            images = torch.cat([images, images.new_zeros(len(ids))])
+        return Encoded(torch.cat([self.ids, ids]), self.inputs, images)
+
     @property
     def free_from(self) -> int:
         """The first token after the last image: rows that begin here see all pixels through keys and values."""
@@ -157,6 +164,8 @@ class Model(Protocol):
     packing_refused: str
     # Why no prefix can be shared at all; empty if it can.
     sharing_refused: str
+    # Whether it continues text; encoders do not.
+    generates: bool
     # Tokens that end an answer.
     eos: frozenset[int]
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from models.huggingface import HuggingFace
-from models.interface import Edit
+from models.interface import Edit, UnsupportedModelError
+
+LEFT = ("forward", "__nnsight__")  # what nnsight leaves in the __dict__ of a module
 
 
 def is_nnsight(model: object) -> bool:
@@ -21,7 +23,7 @@ def is_nnsight(model: object) -> bool:
     False
     """
     nnsight = sys.modules.get("nnsight")
-    return nnsight is not None and isinstance(model, nnsight.NNsight)
+    return nnsight is not None and isinstance(model, nnsight.Envoy)
 
 
 class NNsightBackend(HuggingFace):
@@ -37,8 +39,8 @@ class NNsightBackend(HuggingFace):
     nnsight keeps a `forward` and a `__nnsight__` in the `__dict__` of every module it has wrapped, idle outside traces;
     they stay as long as the caller's nnsight model is in use. `from_huggingface` can take its own off: `unwrap()`.
 
-    Raises TypeError for anything but an nnsight model, UnsupportedModelError for one of unknown layout. Calls raise
-    RuntimeError inside a trace of the same model.
+    Raises TypeError for anything but an nnsight model, UnsupportedModelError for one that is no language model or of
+    unknown layout. Calls raise RuntimeError inside a trace of the same model.
 
     >>> model = NNsightBackend(nnsight.NNsight(hf), tokenizer)
     >>> engine.patch(model, "Q: hot\\nA:", heads=[(10, 3)], values=means).shape
@@ -57,6 +59,7 @@ class NNsightBackend(HuggingFace):
             raise TypeError(f"expected an nnsight model, got {type(model).__name__}")
         if not getattr(model, "dispatched", True):
             model.dispatch()
+        _refuse_others(model._module)
         processor = processor or getattr(model, "processor", None)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         super().__init__(model._module, tokenizer, processor, name, projections)
@@ -69,34 +72,9 @@ class NNsightBackend(HuggingFace):
             self.sharing_refused = self.sharing_refused or "it has edits registered with nnsight, of any token"
             self.packing_refused = self.packing_refused or self.sharing_refused
 
-    @classmethod
-    def from_huggingface(
-        cls, hf: nn.Module, tokenizer: Any = None, processor: Any = None, name: str | None = None
-    ) -> NNsightBackend:
-        """Wrap a transformers model in memory, `nnsight.NNsight(hf)`; nothing is copied.
-
-        Raises ImportError without nnsight, UnsupportedModelError for a model of unknown layout.
-
-        >>> NNsightBackend.from_huggingface(hf, tokenizer).unwrap() is hf
-        True
-        """
-        try:
-            import nnsight
-        except ImportError as error:
-            raise ImportError("this needs nnsight: pip install 'headpatch[nnsight]'") from error
-        before = {module: dict(module.__dict__) for module in hf.modules()}
-        backend = cls(nnsight.NNsight(hf), tokenizer, processor, name)
-        backend._found = before
-        return backend
-
     def unwrap(self) -> nn.Module:
         """The transformers model, without what nnsight put on it if `from_huggingface` did; not to be used after."""
-        for module, before in self._found.items():
-            for key in ("forward", "__nnsight__"):
-                if key in before:
-                    module.__dict__[key] = before[key]
-                else:
-                    module.__dict__.pop(key, None)
+        _restore(self._found)
         self._found = {}
         return self.hf
 
@@ -109,7 +87,8 @@ class NNsightBackend(HuggingFace):
         logits: list[Tensor] = []
         envoys = [] if edit is None else self._envoys
         # The block runs in a greenlet, whose context variables are not the caller's: edit gets the caller's.
-        apply, change = copy_context().run, self._edit
+        apply = copy_context().run
+        change: Any = self._edit
 
         def run(_: Tensor) -> None:
             logits.append(self.hf(**given).logits)
@@ -122,3 +101,42 @@ class NNsightBackend(HuggingFace):
                 if edited is not x:
                     envoy.input = edited
         return logits[0]
+
+
+def from_huggingface(
+    hf: nn.Module, tokenizer: Any = None, processor: Any = None, name: str | None = None
+) -> NNsightBackend:
+    """Wrap a transformers model in memory, `nnsight.NNsight(hf)`; nothing is copied.
+
+    Raises ImportError without nnsight, UnsupportedModelError as `NNsightBackend`.
+
+    >>> from_huggingface(hf, tokenizer).unwrap() is hf
+    True
+    """
+    try:
+        import nnsight
+    except ImportError as error:
+        raise ImportError("this needs nnsight: pip install 'headpatch[nnsight]'") from error
+    _refuse_others(hf)
+    found = {m: {key: m.__dict__[key] for key in LEFT if key in m.__dict__} for m in hf.modules()}
+    try:
+        backend = NNsightBackend(nnsight.NNsight(hf), tokenizer, processor, name)
+    except BaseException:
+        _restore(found)
+        raise
+    backend._found = found
+    return backend
+
+
+def _refuse_others(hf: nn.Module) -> None:
+    if not getattr(hf, "can_generate", lambda: False)():
+        raise UnsupportedModelError(
+            f"{type(hf).__name__} is not a language model of transformers: nothing else can be patched through nnsight"
+        )
+
+
+def _restore(found: dict[nn.Module, dict[str, Any]]) -> None:
+    for module, before in found.items():
+        for key in LEFT:
+            module.__dict__.pop(key, None)
+        module.__dict__.update(before)

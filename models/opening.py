@@ -4,47 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
 
-from models import zoo
+from models import lens, nnsight_backend, zoo
+from models.encoders import Encoder
 from models.huggingface import HuggingFace
-from models.interface import Model, UnsupportedModelError
+from models.interface import Model
+
+Backend: TypeAlias = Literal["huggingface", "transformer_lens", "nnsight"]
 
 
-def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Model:
+def load(
+    name: str | Path,
+    *,
+    backend: Backend = "huggingface",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    device_map: Any = None,
+) -> Model:
     """Open a model, ready to be patched.
 
-    name:   "smollm2-135m" (installs as a package), a local folder, or a hub id.
-    dtype:  of the weights; default float32.
-    device: where they go; default "cpu".
+    name:       "smollm2-135m" (installs as a package), a local folder, or a hub id; language or image-text models.
+    backend:    who runs it: "huggingface" (default), "transformer_lens" or "nnsight".
+    dtype:      of the weights; default float32.
+    device:     where they go; default "cpu".
+    device_map: passed on to transformers instead of a device: "auto", or a dict of modules (needs accelerate).
 
     Raises FileNotFoundError if there is no such model, or it cannot be fetched; UnsupportedModelError if its layout
-    is unknown.
+    is unknown; ImportError naming the extra to install for a backend that is not there.
 
     >>> models.load("smollm2-135m").shape.n_layers
     30
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
     processor = None
     if str(name) == zoo.SMOLLM2:
         hf, tokenizer = zoo.smollm2(dtype)
     else:
-        hf, tokenizer, processor = _from_folder_or_hub(name, dtype)
-    return wrap(hf.to(device), tokenizer, processor=processor, name=str(name))
+        hf, tokenizer, processor = _from_folder_or_hub(name, dtype, device_map)
+    if device_map is None:
+        hf = hf.to(device)
+    if backend == "huggingface":
+        return wrap(hf, tokenizer, processor=processor, name=str(name))
+    module: Any = lens if backend == "transformer_lens" else nnsight_backend
+    return module.from_huggingface(hf, tokenizer, processor=processor, name=str(name))
 
 
 def wrap(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any = None,
     *,
     processor: Any = None,
     name: str | None = None,
     projections: Sequence[str] | None = None,
 ) -> Model:
-    """Take a `transformers` language or image-text model that is already in memory; nothing is copied or changed.
+    """Take a model that is already in memory: nothing is copied or changed.
 
+    model:       a `transformers` model (language, image-text, encoder), a TransformerLens `TransformerBridge`, or an
+                 nnsight `NNsight` or `TransformersModel`: it is recognised.
     tokenizer:   needed for string prompts and text answers; token ids work without.
     processor:   of an image-text model, for prompts with images; brings its tokenizer.
     name:        how saved vectors and messages call it.
@@ -56,22 +77,29 @@ def wrap(
     >>> models.wrap(model.hf, tokenizer=model.tokenizer).shape == model.shape
     True
     """
+    if lens.is_bridge(model):
+        return lens.TransformerLens(model, tokenizer, processor, name)
+    if nnsight_backend.is_nnsight(model):
+        return nnsight_backend.NNsightBackend(model, tokenizer, processor, name, projections)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no vocabulary projection: expected a language model")
-    return HuggingFace(model, tokenizer, processor, name, projections)
+    generates = getattr(model, "can_generate", lambda: False)()
+    kind = HuggingFace if generates else Encoder
+    return kind(model, tokenizer, processor, name, projections)
 
 
-def _from_folder_or_hub(name: str | Path, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     try:
         if type(AutoConfig.from_pretrained(name)) in AutoModelForImageTextToText._model_mapping:
-            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device_map)
             return hf, None, AutoProcessor.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name), None
+        return (
+            AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map),
+            AutoTokenizer.from_pretrained(name),
+            None,
+        )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, a folder with a transformers model, "

@@ -1,4 +1,4 @@
-"""Models that need no hub: SmolLM2-135M from its package, and tiny random ones of several families."""
+"""Models that need no hub: SmolLM2-135M from its package, its shape with random weights; tiny ones are in `tiny`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+
+from models.tiny import tiny, tiny_processor, tiny_tokenizer
+
+__all__ = ["SMOLLM2", "smollm2", "smollm2_shape", "tiny", "tiny_processor", "tiny_tokenizer"]
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -84,53 +88,13 @@ def _convert(package: Path, folder: Path) -> None:
 
 
 def smollm2_shape(n_layers: int = 30) -> Any:
-    """A random-weight Llama of SmolLM2-135M's shape, for benchmarks."""
-    return _random("Llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=n_layers,
-                   num_attention_heads=9, num_key_value_heads=3, head_dim=64, vocab_size=49152,
-                   max_position_embeddings=8192, tie_word_embeddings=True)  # fmt: skip
+    """A random-weight Llama of SmolLM2-135M's shape, for benchmarks; the same at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-
-def tiny(family: str) -> Any:
-    """A tiny random model of a family, in float32 and eval mode, the same at every call.
-
-    Families: "llama" (grouped-query attention), "gpt2" (learned positions, biases), "qwen3" (heads * head_dim differs
-    from the width, normalised queries and keys), "mistral" (sliding window: rows are expanded, not packed).
-    """
-    # heads / key-value heads / width / vocabulary are odd on purpose: mixing two of them up must not go unnoticed.
-    common = dict(num_hidden_layers=3, vocab_size=97, max_position_embeddings=128)
-    llama = dict(common, hidden_size=48, intermediate_size=80, num_attention_heads=6, num_key_value_heads=2)
-    configs: dict[str, tuple[str, dict[str, Any]]] = {
-        "llama": ("Llama", dict(llama, head_dim=8)),
-        "gpt2": ("GPT2", dict(n_layer=3, n_embd=40, n_head=5, n_positions=128, vocab_size=97)),
-        "qwen3": ("Qwen3", dict(llama, head_dim=16)),
-        "mistral": ("Mistral", dict(llama, head_dim=8, sliding_window=7)),
-    }
-    if family not in configs:
-        raise ValueError(f"no tiny model of family {family!r}: expected one of {sorted(configs)}")
-    name, fields = configs[family]
-    return _random(name, **fields)
-
-
-def tiny_tokenizer() -> Any:
-    """A tokenizer of the tiny models' 97 tokens: one for each printable ASCII character, newline, and unknown."""
-    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
-    characters = ["<unk>", "\n", *map(chr, range(32, 127))]
-    backend = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-
-
-def _random(family: str, **fields: Any) -> Any:
-    import transformers
-
-    # No special tokens: the defaults may lie outside a tiny vocabulary.
-    fields |= dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    config = getattr(transformers, f"{family}Config")(**fields)
+    config = LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=n_layers, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        class_name = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-        return getattr(transformers, class_name)(config).eval()
+        return LlamaForCausalLM(config).eval()

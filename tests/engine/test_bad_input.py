@@ -516,3 +516,8 @@ def test_wrapping_a_model_with_one_odd_layer():
     del attention.o_proj
     with pytest.raises(models.UnsupportedModelError, match=r"3 blocks.*o_proj"):
         models.wrap(hf)
+
+
+def test_an_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend must be one of .*nnsight.*got 'jax'"):
+        models.load("smollm2-135m", backend="jax")

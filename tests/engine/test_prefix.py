@@ -42,7 +42,7 @@ def test_prefixes_are_those_of_prefill(tiny, prompts, family):
         got, want = pool[index], engine.prefill(model, prompt)
         assert torch.equal(got.tokens, prompt)
         assert len(got.cache) == len(want.cache) == len(prompt) - 1
-        assert all((a - b).abs().max() <= 1e-6 for a, b in zip(bits(got), bits(want), strict=True))
+        assert all((a - b).abs().max() <= 1e-5 for a, b in zip(bits(got), bits(want), strict=True))
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -1,0 +1,110 @@
+"""Encoders: BERT and its kin, vision transformers, CLIP's two towers. Tokens see each other: rows are batched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.huggingface import HuggingFace, find_projections, read_eos
+from models.images import open_image
+from models.interface import Edit, Encoded, Prompt, PromptLike, Shape, UnsupportedModelError
+
+REFUSED = "it is an encoder, its tokens see each other"
+
+
+class Encoder(HuggingFace):
+    """A `transformers` encoder with a head, ready to be patched.
+
+    What `patch` returns is the head's answer, [rows, classes]: masked language models at their mask token (without one,
+    at the last token), classifiers their logits, CLIP's towers their embedding. Prompts are text or ids for text
+    encoders, `Prompt("", (image,))` for vision ones, whose tokens are the class token and the patches.
+
+    Raises UnsupportedModelError for a model that is none of these.
+    """
+
+    generates = False
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        tokenizer: Any = None,
+        processor: Any = None,
+        name: str | None = None,
+        projections: Any = None,
+    ):
+        config: Any = hf.config
+        self.hf, self.config, self.decoder = hf, config, hf
+        self.processor, self.tokenizer = processor, tokenizer
+        self.name = name or str(config._name_or_path) or type(hf).__name__
+        found = [hf.get_submodule(path) for path in projections or []]
+        self.projections = found or find_projections(hf, config.num_hidden_layers)
+        self.pixels = getattr(hf, "main_input_name", "input_ids") == "pixel_values"
+        width: Any = self.projections[0].weight
+        patches = (config.image_size // config.patch_size) ** 2 if self.pixels else 0
+        self.shape = Shape(
+            n_layers=len(self.projections),
+            n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_attention_heads,
+            head_dim=width.shape[1] // config.num_attention_heads,
+            d_model=config.hidden_size,
+            vocab_size=_answers(hf, config),
+            max_tokens=patches + 1 if self.pixels else config.max_position_embeddings,
+        )
+        self.sharing_refused = self.packing_refused = REFUSED
+        self.eos = read_eos(hf)
+        self._take_stock()
+
+    @property
+    def _first(self) -> Tensor:
+        return next(iter(self.hf.parameters()))
+
+    @property
+    def device(self) -> torch.device:
+        return self._first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    def read(self, prompt: PromptLike) -> Encoded:
+        images = prompt.images if isinstance(prompt, Prompt) else ()
+        if self.pixels:
+            if len(images) != 1 or self.processor is None:
+                raise ValueError(
+                    f"{self.name} takes one image, Prompt('', (image,)), and its image processor in wrap()"
+                )
+            pixels = self.processor(images=open_image(images[0], 0), return_tensors="pt")["pixel_values"]
+            tokens = torch.arange(self.shape.max_tokens, device=self.device)
+            return Encoded(tokens, {"pixel_values": pixels.to(self.device, self.dtype)})
+        if images:
+            raise ValueError(f"the prompt has {len(images)} image(s), but {self.name} is a text model")
+        return self._read_text(prompt, self.config.vocab_size)
+
+    def _call(self, edit: Edit | None, first: int, batch: int, n_tokens: int, **given: Any) -> Tensor:
+        given = {key: value for key, value in given.items() if key in self._accepts}
+        with self._edited(edit, first, batch, n_tokens):
+            out = self.hf(**given)
+        answer = next(out[key] for key in ("logits", "image_embeds", "text_embeds") if key in out)
+        if answer.ndim == 2:
+            return answer[:, None]
+        mask = getattr(self.tokenizer, "mask_token_id", None)
+        masked = [i for i, token in enumerate(given["input_ids"][0].tolist()) if token == mask]
+        at = masked[0] if masked else -1
+        return answer[:, at, None]
+
+
+def _answers(hf: nn.Module, config: Any) -> int:
+    """Width of the head's answer."""
+    if not any(getattr(module, "is_causal", True) is False for module in hf.modules()):
+        raise UnsupportedModelError(f"{type(hf).__name__} has no vocabulary projection: expected a language model")
+    head = getattr(hf, "get_output_embeddings", lambda: None)()
+    if head is not None:
+        return head.weight.shape[0]
+    kind = type(hf).__name__
+    if kind.endswith("Classification"):
+        return config.num_labels
+    if kind.endswith("WithProjection"):
+        return config.projection_dim
+    raise UnsupportedModelError(f"{kind} has no head: expected ...ForMaskedLM, ...Classification or ...WithProjection")

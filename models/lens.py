@@ -1,0 +1,160 @@
+"""The TransformerLens backend: a `TransformerBridge`, patched through its own `hook_z`.
+
+A bridge computes attention itself, so packed rows are kept apart by a dense mask (`models.dense`) and not by a function
+registered with transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models import dense
+from models.huggingface import HuggingFace
+from models.interface import Edit, Encoded, KeyValues, Packed, Segment, UnsupportedModelError
+from models.packed import Layout
+
+# Prompts computed in one sequence are scored against each other only to be masked: longer ones are computed alone.
+PREFILL_TOKENS = 1024
+TOLERANCE = 1e-3  # of the largest logit, between a bridge and the model it was built from
+
+
+class TransformerLens(HuggingFace):
+    """A `TransformerBridge` of a language model, or image-text model, ready to be patched; hooks last one call.
+
+    bridge:    as TransformerLens made it; its device, dtype and hooks are kept. Your own hooks fire in every pass,
+               on packed rows too: [1, contexts and rows, ...] instead of [rows, tokens, ...].
+    tokenizer: default the bridge's own.
+    processor: needed for prompts with images; brings its tokenizer.
+    name:      stands in saved vectors and messages; default the config's `_name_or_path` or the class name.
+
+    Raises UnsupportedModelError if a layer has no `hook_z`.
+
+    >>> model = TransformerLens(TransformerBridge.boot_transformers("gpt2"))
+    >>> engine.patch(model, "Q: hot\\nA:", heads=[(10, 3)], values=means)
+    """
+
+    def __init__(self, bridge: Any, tokenizer: Any = None, processor: Any = None, name: str | None = None):
+        hf: nn.Module = bridge.original_model
+        outputs = [_output(bridge, layer) for layer in range(len(getattr(bridge, "blocks", ())))]
+        if not outputs or None in outputs:
+            raise UnsupportedModelError(f"{type(hf).__name__} is bridged without an attn.hook_z in every layer")
+        paths = {id(module): path for path, module in hf.named_modules()}
+        projections = [paths[id(output.original_component)] for output in outputs]
+        if tokenizer is None and processor is None:
+            tokenizer = bridge.tokenizer
+        super().__init__(hf, tokenizer, processor, name, projections)
+        self.bridge = bridge
+        # Each by its first name: by an alias, TransformerLens may call a hook once for either name.
+        self._hooks: list[str] = [output.hook_in.name for output in outputs]
+        self.packing_refused = self.sharing_refused or dense.why_not_dense(self.config)
+
+    def pack(
+        self, segments: Sequence[Segment], edit: Edit | None = None, keep: bool = False, logits: bool = True
+    ) -> Packed:
+        if self.packing_refused:
+            raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {self.packing_refused}")
+        layout = Layout(segments, keep)
+        n_segments, last = len(segments), layout.last_tokens(self.device)[: None if logits else 0]
+        cache = dense.fill(layout)
+        with self._running():
+            out = self._call(
+                edit,
+                layout.first_row,
+                n_segments * layout.n_rows,
+                layout.n_tokens,
+                input_ids=layout.tokens(),
+                position_ids=layout.positions(self.device),
+                attention_mask=dense.masks(layout, self.config, self.dtype, self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
+        if "logits_to_keep" not in self._accepts:
+            out = out[:, last]
+        rows = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
+        if not keep:
+            return Packed(rows)
+        dense.keep(layout, cache)
+        return Packed(rows, layout.contexts, layout.rows)
+
+    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
+        if len(prompts) > 1 and sum(lengths) > PREFILL_TOKENS:
+            return [self._prefill_one(prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
+        return super().prefill(prompts, lengths)
+
+    @contextmanager
+    def _edited(self, edit: Edit | None, first: int, batch: int, tokens: int) -> Iterator[None]:
+        """Within: `edit` sees every layer's hook_z, from token `first` of the sequence on."""
+        n_heads = self.shape.n_heads
+
+        def at(layer: int) -> Any:
+            def hook(z: Tensor, hook: Any) -> Tensor | None:
+                # [batch, tokens, H, D], or the contexts and rows of a packed sequence [1, first + batch*tokens, H, D].
+                rows = z[:, first:].reshape(batch, tokens, n_heads, -1)
+                edited = edit(layer, rows)  # type: ignore[misc]
+                if edited is rows:
+                    return None
+                edited = edited.reshape(z[:, first:].shape)
+                return torch.cat([z[:, :first], edited], dim=1) if first else edited
+
+            return hook
+
+        hooks = [] if edit is None else [(name, at(layer)) for layer, name in enumerate(self._hooks)]
+        with self.bridge.hooks(fwd_hooks=hooks):
+            yield
+
+
+def from_huggingface(
+    hf: nn.Module, tokenizer: Any = None, processor: Any = None, name: str | None = None
+) -> TransformerLens:
+    """The TransformerLens backend of a transformers model, without a download.
+
+    TransformerLens rewires the modules of a model that it bridges, so it is given a copy: the weights are in memory
+    twice, and `hf` stays as it is. The bridge itself is given no tokenizer (it would change it): text is read here.
+
+    Raises ImportError without TransformerLens, UnsupportedModelError if it does not know the architecture, or computes
+    other logits than transformers.
+
+    >>> lens.from_huggingface(zoo.tiny("llama")).shape.n_layers
+    3
+    """
+    try:
+        from transformer_lens.model_bridge.sources import build_bridge_from_module
+    except ImportError as error:
+        raise ImportError("TransformerLens is missing: pip install 'headpatch[lens]'") from error
+    kind, copy = type(hf).__name__, deepcopy(hf)
+    try:
+        bridge = build_bridge_from_module(copy, kind, hf_config=copy.config, tokenizer=None)
+        model = TransformerLens(bridge, tokenizer, processor, name)
+    except (ValueError, ImportError) as error:
+        raise UnsupportedModelError(f"TransformerLens does not bridge {kind}: {error}") from error
+    ids = torch.arange(min(16, model.shape.vocab_size), device=model.device)[None]
+    with torch.no_grad():
+        want, got = HuggingFace(hf).forward(ids), model.forward(ids)
+    if (got - want).abs().max() > TOLERANCE * want.abs().max() and model.dtype in (torch.float32, torch.float64):
+        raise UnsupportedModelError(f"the TransformerLens bridge of {kind} computes other logits than transformers")
+    return model
+
+
+def is_bridge(x: Any) -> bool:
+    """Whether this is a `TransformerBridge`; TransformerLens is not imported to find out.
+
+    >>> is_bridge("gpt2")
+    False
+    """
+    lens = sys.modules.get("transformer_lens.model_bridge")
+    bridge = getattr(lens, "TransformerBridge", None)
+    return bridge is not None and isinstance(x, bridge)
+
+
+def _output(bridge: Any, layer: int) -> Any:
+    """A layer's output projection, whose input is hook_z; None without one."""
+    output = getattr(getattr(bridge.blocks[layer], "attn", None), "o", None)
+    return output if hasattr(output, "hook_in") and hasattr(output, "original_component") else None
