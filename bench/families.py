@@ -27,7 +27,7 @@ Made by `python -m bench families --write docs/families.md`. Tiny random models 
 than every window, positions `-1` and `[-3, -1]`, replace and add; image-text families with one and three pictures.
 Each cell: the largest absolute logit difference to `engine.naive` in float32 and, in brackets, the largest distance to
 a float64 run in bfloat16 as a share of the naive bfloat16 forward's (the float64 run is plain transformers').
-`auto` takes the first strategy from the left that is not refused.
+`auto` takes the first strategy from the left that is not refused; `nan`: the backend does not run it in bfloat16.
 """
 
 
@@ -65,15 +65,19 @@ def cells(family: str, backend: str = "huggingface") -> Iterator[Cell]:
     """Every strategy on a family; a backend that does not know the family refuses all."""
     double = wrapped(family, torch.float64)
     try:
-        single, half = wrapped(family, torch.float32, backend), wrapped(family, torch.bfloat16, backend)
+        single = wrapped(family, torch.float32, backend)
     except models.UnsupportedModelError as error:
         yield from (Cell(family, backend, strategy, refused=str(error)) for strategy in STRATEGIES)
         return
+    try:
+        half = wrapped(family, torch.bfloat16, backend)
+    except models.UnsupportedModelError:
+        half = None
     for strategy in STRATEGIES:
         try:
             differences = [_difference(single, strategy, request) for request in requests(single)]
-            ratios = [_half(half, double, strategy, request) for request in requests(half, short=True)]
-            yield Cell(family, backend, strategy, max(differences), max(ratios))
+            ratios = [_half(half, double, strategy, request) for request in requests(half, short=True)] if half else []
+            yield Cell(family, backend, strategy, max(differences), max(ratios, default=float("nan")))
         except models.UnsupportedModelError as error:
             yield Cell(family, backend, strategy, refused=str(error).split(": ", 1)[1])
 

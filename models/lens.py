@@ -137,7 +137,13 @@ def from_huggingface(
         raise UnsupportedModelError(f"TransformerLens does not bridge {kind}: {error}") from error
     ids = torch.arange(min(16, model.shape.vocab_size), device=model.device)[None]
     with torch.no_grad():
-        want, got = HuggingFace(hf).forward(ids), model.forward(ids)
+        want = HuggingFace(hf).forward(ids)
+        try:
+            got = model.forward(ids)
+        except RuntimeError as error:
+            raise UnsupportedModelError(
+                f"the TransformerLens bridge of {kind} fails in {model.dtype}: {error}"
+            ) from error
     if (got - want).abs().max() > TOLERANCE * want.abs().max() and model.dtype in (torch.float32, torch.float64):
         raise UnsupportedModelError(f"the TransformerLens bridge of {kind} computes other logits than transformers")
     return model
