@@ -28,5 +28,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Under three minutes on two cores; `$(BIN)/python -m bench` is the whole grid.
+bench: setup
+	$(BIN)/python -m bench --quick
+
 clean:
 	rm -rf $(VENV) out

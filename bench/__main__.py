@@ -1,54 +1,154 @@
-"""`python -m bench CASE`: a table, then one JSON line with the machine and versions it was measured on."""
+"""Ways to patch, compared with the oracle and then timed: a table a case, `bench.csv`, `bench.json` and a picture in
+`--out`, and one JSON line last. Subcommands measure what is not a grid.
+"""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from dataclasses import asdict
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import models
-from bench import backends as backends_case
+from bench import compare as compare_runs
 from bench import exactness as exactness_case
 from bench import families as families_case
 from bench import memory as memory_case
-from bench import rollouts as rollouts_case
+from bench import records as records_of
+from bench import report
 from bench import search as search_case
+from bench.cases import CASES
+from bench.machine import describe
+from bench.providers import PROVIDERS
+from bench.shapes import SHAPES
+from bench.suite import TOLERANCE, Settings, grid
+from bench.suite import run as run_suite
 from engine.artifacts import write_whole
+from models.opening import Backend
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-out = Console(width=120)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+out = Console(width=140)
+
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in TOLERANCE]
+# Lengths and numbers of rows: at the first of either the other is varied.
+TOKENS, ROWS = "512,32,128,600,2000,2048,4096", "32,1,4,8,64,128,256"
+QUICK = {
+    "rollouts": ("32,128", "32,8"),
+    "reused": ("128", "32"),
+    "sweep": ("32", "32"),
+    "means": ("32", "8"),
+    "search": ("32", "32"),
+    "generate": ("32", "8"),
+}
+QUICK_SETTINGS = Settings(rounds=8, loop_rows=1, patience=0.9, budget=6, memory=1, memory_cases=("rollouts",))
 
 
-@app.command()
-def rollouts(
-    model: str = "smollm2-135m",
-    tokens: Annotated[str, typer.Option(help="Prompt lengths, separated by commas.")] = "8,32,128,512",
-    rows: int = 32,
-    rounds: int = 7,
+@app.callback(invoke_without_command=True)
+def suite(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="Small cells, for a laptop: under three minutes.")] = False,
+    compare: Annotated[Path | None, typer.Option(help="A bench.json of an earlier run.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Folder for bench.csv, bench.json, bench.png.")] = Path(
+        "out/bench"
+    ),
+    cases: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(CASES),
+    providers: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(PROVIDERS),
+    shapes: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)}. Default 135m; on a GPU 135m,1b,8b.")] = "",
+    tokens: Annotated[str, typer.Option(help=f"Prompt lengths; rows vary at the first. Default {TOKENS}.")] = "",
+    rows: Annotated[str, typer.Option(help=f"Lengths vary at the first. Default {ROWS}.")] = "",
+    dtype: Annotated[str, typer.Option(help=f"Of {', '.join(DTYPES)}. Default float32; on a GPU bfloat16.")] = "",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or both. Default: the GPU if there is one.")] = "",
+    backend: Annotated[str, typer.Option(help="That runs naive and this engine.")] = "huggingface",
+    rounds: Annotated[
+        int | None, typer.Option(help="Of each way, interleaved. Default 9 or, where they take long, fewer.")
+    ] = None,
+    memory: Annotated[bool, typer.Option(help="Also the peak memory.")] = True,
 ) -> None:
-    """Rows of one prompt against naive forwards and against one unpatched forward."""
-    lm = models.load(model)
-    results = [rollouts_case.measure(lm, int(n), rows, rounds) for n in tokens.split(",")]
-    table = Table(title=f"{rows} rollouts, {model}: ratios, median (quartiles) of {rounds} rounds")
-    table.add_column("")
-    for result in results:
-        table.add_column(f"T={result['tokens']}", justify="right")
-    for key in results[0]["ratios"]:
-        table.add_row(key, *(_spread(result["ratios"][key]) for result in results))
-    table.add_row("its floor, tokens", *(f"{result['floor of fresh / one forward']:.2f}" for result in results))
-    for key in results[0]["seconds"]:
-        table.add_row(f"{key}, ms", *(_spread(result["seconds"][key], 1000) for result in results))
-    out.print(table)
-    _record("rollouts", results)
+    """The suite. A way whose name carries a star ran some of its rows, and its time is scaled to all."""
+    if context.invoked_subcommand is not None:
+        return
+    devices = _read("--device", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = all(name.startswith("cuda") for name in devices)
+    on = (
+        _read("--shapes", shapes or ("135m,1b,8b" if gpu and not quick else "135m"), SHAPES),
+        _read("--dtype", dtype or ("bfloat16" if gpu else "float32"), DTYPES),
+        devices,
+        _read("--backend", backend, get_args(Backend))[0],
+    )
+    sizes = {case: QUICK[case] if quick else (TOKENS, ROWS) for case in _read("--cases", cases, CASES)}
+    cells = grid(
+        {c: (_numbers("--tokens", tokens or t), _numbers("--rows", rows or r)) for c, (t, r) in sizes.items()}, *on
+    )
+    settings = QUICK_SETTINGS if quick else Settings()
+    if rounds is not None:
+        if rounds < 1:
+            raise typer.BadParameter(f"--rounds must be at least 1, got {rounds}")
+        settings = replace(settings, rounds=rounds, budget=None)
+    if not memory:
+        settings = replace(settings, memory=0)
+    old = _old(compare)
+    results = run_suite(cells, _read("--providers", providers, PROVIDERS), settings)
+    for table in report.tables(results):
+        out.print(table)
+    if (reasons := report.left_out(results)) is not None:
+        out.print(reasons)
+    records_of.save(folder, results)
+    report.picture(folder / "bench.png", results.records)
+    out.print(f"{', '.join(str(folder / name) for name in ('bench.csv', 'bench.json', 'bench.png'))}")
+    if old is not None:
+        _compare(results, old)
+    print(records_of.to_json(results, samples=False))
+
+
+def _compare(results: records_of.Results, old: records_of.Results) -> None:
+    found = compare_runs.compare(results.records, old.records)
+    out.print(report.compared(found))
+    missing = len({r.key for r in old.records if r.seconds} - {c.old.key for c in found})
+    if missing:
+        out.print(f"{missing} records of the old run have no counterpart in this one")
+    changed = {k: (old.machine.get(k), v) for k, v in results.machine.items() if old.machine.get(k) != v}
+    for name, (before, now) in changed.items():
+        out.print(f"{name}: was {before}, is {now}")
+
+
+def _old(path: Path | None) -> records_of.Results | None:
+    """Read before anything is measured, so that a wrong file is said at once."""
+    if path is None:
+        return None
+    try:
+        return records_of.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise typer.BadParameter(f"--compare: {error}") from error
+
+
+def _read(option: str, text: str, known: Sequence[str] | dict[str, Any] | None = None) -> list[str]:
+    """Names separated by commas, each of them known."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if known is not None and name not in known]
+    if unknown or not names:
+        expected = f"of {', '.join(known)}" if known is not None else "at least one name"
+        raise typer.BadParameter(f"{option}: expected {expected}, got {text!r}")
+    return names
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    names = _read(option, text)
+    if not all(name.isdecimal() and int(name) > 0 for name in names):
+        raise typer.BadParameter(f"{option}: expected positive integers separated by commas, got {text!r}")
+    return [int(name) for name in names]
+
+
+@app.command(hidden=True)
+def memory_child() -> None:
+    """Peaks, in the process that the suite starts for them; what is asked comes as JSON on standard input."""
+    memory_case.serve(sys.stdin.read())
 
 
 @app.command()
@@ -60,28 +160,6 @@ def search(model: str = "smollm2-135m", task: str = "antonyms", steps: int = 100
         table.add_row(key, f"{value:.2f}" if isinstance(value, float) else str(value))
     out.print(table)
     _record("search", [result])
-
-
-@app.command()
-def memory(model: str = "smollm2-135m", tokens: str = "512,2048", rows: int = 32) -> None:
-    """Peak memory beyond the weights (Linux)."""
-    results = [memory_case.measure(model, int(n), rows) for n in tokens.split(",")]
-    table = Table(title=f"peak memory beyond the weights, {model}, {rows} rows, MiB")
-    table.add_column("")
-    for result in results:
-        table.add_column(f"T={result['tokens']}", justify="right")
-    for way in memory_case.WAYS:
-        table.add_row(way, *(f"{result['peak MiB'][way]:.1f}" for result in results))
-    for key in ("fresh / one forward", "fresh / one stock forward"):
-        table.add_row(key, *(f"{result[key]:.2f}" for result in results))
-    out.print(table)
-    _record("memory", results)
-
-
-@app.command(hidden=True)
-def memory_child(model: str, way: str, tokens: int, rows: int) -> None:
-    """One measurement, in the process that `memory` starts for it."""
-    print(memory_case.peak(models.load(model), way, tokens, rows))
 
 
 @app.command()
@@ -119,44 +197,8 @@ def families(
     _record("families", [asdict(cell) for cell in found])
 
 
-@app.command()
-def backends(tokens: int = 512, rows: int = 32, rounds: int = 3) -> None:
-    """Rows of one prompt by each backend against its own naive forwards, on SmolLM2's shape."""
-    results = [backends_case.measure(backend, tokens, rows, rounds) for backend in families_case.BACKENDS]
-    table = Table("backend", "naive / fresh", "naive / reused", "apart", title=f"{rows} rollouts, T={tokens}")
-    for result in results:
-        ratios = (_spread(result[key]) for key in ("naive / fresh", "naive / reused"))
-        table.add_row(result["backend"], *ratios, f"{result['agreement']:.0e}")
-    out.print(table)
-    _record("backends", results)
-
-
-def _spread(samples: dict[str, float], scale: float = 1) -> str:
-    median, low, high = (scale * samples[key] for key in ("median", "low", "high"))
-    digits = 2 if median < 10 else 0 if median >= 100 else 1
-    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
 def _record(case: str, results: Any) -> None:
-    print(json.dumps({"case": case, "results": results, "machine": _machine()}))
-
-
-def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
+    print(json.dumps({"case": case, "results": results, "machine": describe()}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The loop everybody writes: one full forward a rollout, with hooks on the output projections. Plain transformers."""
+"""The loop everybody writes: one full forward a rollout, with hooks on the output projections. Plain transformers.
+
+It takes the logits of all tokens and keeps the last one's, as everybody does: at short prompts with a large vocabulary
+that is a fair share of its time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,7 @@ def patched_logits(
 
     handles = [p.register_forward_pre_hook(hook(layer)) for layer, p in enumerate(projections)]
     try:
-        return hf(input_ids=ids[None]).logits[0, -1]
+        return hf(input_ids=ids[None]).logits[0, -1].clone()  # a view would keep the logits of all tokens
     finally:
         for handle in handles:
             handle.remove()

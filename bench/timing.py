@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -10,18 +11,27 @@ from collections.abc import Callable, Mapping
 from engine.progress import track
 
 
-def interleaved(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each way in each round."""
+def interleaved(
+    ways: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    wait: Callable[[], None] = lambda: None,
+    progress: bool = True,
+) -> dict[str, list[float]]:
+    """Seconds of each way in each round. `wait`: until the device is done, before and after each call."""
     order, seconds = list(ways), {name: [0.0] * rounds for name in ways}
     draw = random.Random(0)
     for name in order:
         for _ in range(warm_up):
             ways[name]()
-    for index in track(range(rounds), "timing", True):
+    for index in track(range(rounds), "timing", progress):
         draw.shuffle(order)
+        gc.collect()  # what one way left behind is not another's to clean up
         for name in order:
+            wait()
             started = time.perf_counter()
             ways[name]()
+            wait()
             seconds[name][index] = time.perf_counter() - started
     return seconds
 

@@ -5,34 +5,50 @@ model = models.load("smollm2-135m")
 logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
 """
 
-from engine import naive
+from engine import distributed, groups, metrics, naive
 from engine.activations import capture, mean_activations
 from engine.artifacts import TaskVector
+from engine.attribution import attribute
+from engine.effects import Effects
 from engine.evaluation import Score, evaluate
 from engine.generation import generate
-from engine.intervention import Patch
-from engine.methods import mtv
+from engine.intervention import Patch, Steering
+from engine.methods import function_vectors as fv
+from engine.methods import mtv, sav, vtv
 from engine.patching import patch, plan
 from engine.planning import Plan
 from engine.prefix import Prefix, PrefixPool, prefill
+from engine.rowstep import RowStep
+from engine.sweeping import sweep
 from engine.tasks import Example, Task
 
 __all__ = [
+    "Effects",
     "Example",
     "Patch",
     "Plan",
     "Prefix",
     "PrefixPool",
+    "RowStep",
     "Score",
+    "Steering",
     "Task",
     "TaskVector",
+    "attribute",
     "capture",
+    "distributed",
     "evaluate",
+    "fv",
     "generate",
+    "groups",
     "mean_activations",
+    "metrics",
     "mtv",
     "naive",
     "patch",
     "plan",
     "prefill",
+    "sav",
+    "sweep",
+    "vtv",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from engine.checking import check_once
+from engine.distributed import ALONE, World, digest, identity
 from engine.intervention import read_patch
 from engine.planning import MAX_TOKENS
 from engine.prefix import Prefix, as_prefix
@@ -15,6 +18,9 @@ from engine.progress import track
 from engine.runner import segment
 from models import Model, PromptLike
 from models.shapes import Float
+
+# Prompts that share a forward, with the positions wanted of each.
+Group: TypeAlias = list[tuple[Prefix, list[int]]]
 
 
 def capture(
@@ -30,7 +36,7 @@ def capture(
     """
     one = isinstance(positions, int)
     at = read_patch(model.shape, None, None, positions).positions
-    chunks = list(_stream(model, prompts, at, progress))
+    chunks = [_capture(model, few) for few in _groups(model, prompts, at, progress)]
     if not chunks:
         raise ValueError("no prompts were given")
     z = torch.cat(chunks)
@@ -38,22 +44,40 @@ def capture(
 
 
 def mean_activations(
-    model: Model, prompts: Iterable[PromptLike], *, progress: bool = True
+    model: Model, prompts: Iterable[PromptLike], *, progress: bool = True, world: World = ALONE
 ) -> Float[Tensor, "layers heads head_dim"]:
     """Mean over prompts of z at the last token: the values a task vector carries.
 
     Streamed: memory does not grow with the number of prompts. Summed in float64, returned in float32.
-    Raises ValueError for no prompts, an empty one, or a model whose activations are not finite.
+
+    world: the ranks (`engine.distributed.joined`) that share out the forwards; default this process alone. Every rank
+           is given all prompts and gets the same means, bit by bit those of one process.
+
+    Raises ValueError for no prompts, an empty one, a model whose activations are not finite, or ranks that were given
+    different prompts; LostRankError if a rank is lost.
 
     Source: Multimodal Task Vectors (arXiv 2406.15334), section 3.1.
 
     >>> means = engine.mean_activations(model, ["Q: hot\\nA:", "Q: big\\nA:"], progress=False)
     """
+    if world.size > 1:
+        world.same(identity(model))
+    shape = (model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
+    groups = _groups(model, prompts, (-1,), progress and world.rank == 0)
     total, count = None, 0
-    for z in _stream(model, prompts, (-1,), progress):
-        summed = z[:, 0].double().sum(dim=0)
-        total = summed if total is None else total + summed
-        count += len(z)
+    while True:
+        some = list(islice(groups, world.size))  # one forward a rank
+        if world.size > 1:
+            world.same({"prompts": _digest(some), "packing refused": bool(model.packing_refused)})
+        if not some:
+            break
+        mine = torch.zeros(0, *shape, dtype=torch.float64, device=model.device)
+        for few in some[world.share(len(some))]:
+            mine = torch.cat([mine, _capture(model, few).double().sum(dim=0)])
+        # Every forward's sum, added in the order of the prompts: the bits do not depend on the number of ranks.
+        for summed in world.gather(mine, len(some)):
+            total = summed if total is None else total + summed
+        count += sum(len(few) for few in some)
     if total is None:
         raise ValueError("no prompts were given")
     if not total.isfinite().all():
@@ -61,13 +85,11 @@ def mean_activations(
     return (total / count).float()
 
 
-def _stream(
-    model: Model, prompts: Iterable[PromptLike], positions: tuple[int, ...], progress: bool
-) -> Iterator[Float[Tensor, "some positions layers heads head_dim"]]:
-    """Z of a few prompts at a time: as many as one forward takes."""
+def _groups(model: Model, prompts: Iterable[PromptLike], positions: tuple[int, ...], progress: bool) -> Iterator[Group]:
+    """A few prompts at a time, as many as one forward takes, with the positions wanted of each."""
     if isinstance(prompts, str):
         raise TypeError("prompts must be a list of prompts, got one string")
-    few: list[tuple[Prefix, list[int]]] = []  # prompts, and the positions wanted of each
+    few: Group = []
     for one in track(prompts, "activations", progress):
         prompt = as_prefix(model, one)
         n_tokens = len(prompt.tokens)
@@ -79,19 +101,24 @@ def _stream(
         unlike = few and n_tokens - min(at) != len(few[0][0].tokens) - min(few[0][1])
         alone = prompt.prompt.inputs or (few and few[0][0].prompt.inputs)
         if few and (full or unlike or alone or model.packing_refused):
-            yield _capture(model, few)
+            check_once(model, few[0][0])
+            yield few
             few = []
         few.append((prompt, at))
     if few:
-        yield _capture(model, few)
+        check_once(model, few[0][0])
+        yield few
+
+
+def _digest(groups: Sequence[Group]) -> str:
+    prompts = [[prompt.prompt for prompt, _ in few] for few in groups]
+    lengths = [[len(one.ids) for one in few] for few in prompts]
+    return digest(lengths, *(part for few in prompts for one in few for part in (one.ids, *one.inputs.values())))
 
 
 @torch.no_grad()
-def _capture(
-    model: Model, few: list[tuple[Prefix, list[int]]]
-) -> Float[Tensor, "some positions layers heads head_dim"]:
+def _capture(model: Model, few: Group) -> Float[Tensor, "some positions layers heads head_dim"]:
     """One forward. Prompts are packed with one unpatched row each, from the first wanted position on."""
-    check_once(model, few[0][0])
     if model.packing_refused and len(few) > 1:
         return torch.cat([_capture(model, [one]) for one in few])
     plain = bool(model.packing_refused or few[0][0].prompt.inputs)
@@ -101,7 +128,7 @@ def _capture(
     kept: list[Tensor] = []
 
     def keep(layer: int, z: Tensor) -> Tensor:
-        kept.append(z[prompt, where])  # [prompts, positions, H, D]
+        kept.append(z[prompt.to(z.device), where.to(z.device)])  # [prompts, positions, H, D]
         return z
 
     if plain:
@@ -109,4 +136,4 @@ def _capture(
     else:
         segments = [segment(p, s, 1) for (p, _), s in zip(few, starts, strict=True)]
         model.pack(segments, keep, logits=False)
-    return torch.stack(kept, dim=2)
+    return model.all_heads(torch.stack([z.to(model.device) for z in kept], dim=2), -2)

@@ -45,6 +45,17 @@ def check_once(model: Model, prompt: Prefix, strategy: Strategy = "auto") -> Non
         model.sharing_refused = found
 
 
+def check_layered(model: Model, prompt: Prefix, strategy: Strategy) -> None:
+    """The same for rows that come in layer by layer, when they are about to."""
+    if model.layering_refused or why_not_split(prompt.prompt, len(prompt.tokens) - 1):
+        return
+    if found := _wrong(model, prompt, "layered"):
+        if strategy == "layered":
+            raise UnsupportedModelError(f"strategy 'layered' is not exact on {model.name}: {found}")
+        warnings.warn(f"{model.name}: rows no longer come in layer by layer, {found}", stacklevel=4)
+        model.layering_refused = found
+
+
 def _wrong(model: Model, prompt: Prefix, strategy: Strategy) -> str:
     """How far one row is from naive, if that is more than rounding; empty if it is not."""
     key = (model.architecture, strategy)
@@ -60,6 +71,8 @@ def difference(model: Model, prompt: Prefix, strategy: Strategy) -> float:
     """Largest logit difference of one patched row to naive, as a share of the largest logit."""
     shape, random = model.shape, torch.Generator().manual_seed(0)
     heads = torch.rand(1, shape.n_layers, shape.n_heads, generator=random) < 0.5
+    if strategy == "layered":
+        heads[:, : shape.n_layers // 2] = False
     values = torch.randn(shape.n_layers, shape.n_heads, shape.head_dim, generator=random)
     patch = Patch(heads, values, (-1,), "replace")
     last = len(prompt.tokens) - 1

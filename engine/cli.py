@@ -1,8 +1,9 @@
-"""The command line: `headpatch extract` finds a task vector, `headpatch apply` answers with it, `info` shows it."""
+"""The command line: `headpatch extract` finds a task vector, `apply` answers with it; `fv` finds a function vector."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,8 @@ import engine
 import models
 from engine import plots, tasks
 from engine.artifacts import write_whole
-from engine.evaluation import Score
+from engine.distributed import LostRankError, joined
+from engine.evaluation import Score, wilson
 from engine.methods import mtv
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -33,11 +35,12 @@ note = Console(stderr=True)
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """What a user can mend is told in one line, without a traceback."""
+    """What a user can mend is told in one line, without a traceback; by every rank that has something to say."""
     try:
         yield
-    except (ValueError, TypeError, IndexError, OSError) as error:
-        note.print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+    except (ValueError, TypeError, IndexError, OSError, LostRankError) as error:
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        Console(stderr=True).print(f"{rank}[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -55,39 +58,43 @@ def extract(
     icl_shots: Annotated[int, typer.Option(help="Demonstrations of the few-shot baseline.")] = 5,
     seed: Annotated[int, typer.Option(help="Of the split, the prompts and the search.")] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="Where results go; default out/TASK.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Rollouts run together; default all, shared by the ranks.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; under torchrun a GPU each.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress lines.")] = False,
 ) -> None:
     """Find a task vector (MTV-EXTRACT), measure it on held-out words, and save it with pictures.
 
-    A run that is stopped, at any moment, goes on where it was when it is started again.
+    A run that is stopped, at any moment, goes on where it was when it is started again. Several processes share the
+    work as `torchrun --nproc-per-node 2 -m engine extract ...`; the first of them prints and writes.
     """
-    with plain_errors():
-        mtv.read_options(preset, steps, rollouts)
+    with plain_errors(), joined(device) as world:
+        out.quiet = note.quiet = world.rank > 0
+        mtv.read_options(preset, steps, rollouts, at_once=at_once, world=world)
         opened = tasks.load(task)
         split = opened.split(seed)
-        folder = folder or Path("out") / opened.name
+        folder = Path("out") / opened.name if folder is None else folder
         checkpoint = folder / "checkpoint.safetensors"
         many_shot = [example.prompt for example in opened.few_shot(split.train, shots, prompts, seed)]
         icl = opened.queries(split.test, split.train, icl_shots, seed)
         zero_shot = [opened.example(query) for query in split.test]
         pool = [opened.example(query) for query in split.train[:prompts]]
         validation = [opened.example(query) for query in split.validation[:50]]
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"--out {folder} is a file, expected a folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        world.from_first(lambda: make_folder(folder))
 
-        lm = models.load(model)
+        lm = models.load(model, device=world.device)
         note.print(f"{lm.name}: {lm.shape}", highlight=False)
         started = time.perf_counter()
-        means = engine.mean_activations(lm, many_shot, progress=not quiet)
+        means = engine.mean_activations(lm, many_shot, progress=not quiet, world=world)
         seconds = {"means": time.perf_counter() - started}
         note.print(f"means of {len(many_shot)} {shots}-shot prompts: {seconds['means']:.1f} s", highlight=False)
 
         started = time.perf_counter()
         with search_line(quiet) as on_step:
             vector = mtv.extract(
-                lm, pool, means, preset=preset, steps=steps, rollouts=rollouts, seed=seed,
-                validation=validation, checkpoint=checkpoint, progress=not quiet, on_step=on_step,
+                lm, pool, means, preset=preset, steps=steps, rollouts=rollouts, seed=seed, validation=validation,
+                checkpoint=checkpoint, at_once=at_once, progress=not quiet, on_step=on_step, world=world,
             )  # fmt: skip
         seconds["search"] = time.perf_counter() - started
         done = vector.metadata["steps"]
@@ -96,12 +103,14 @@ def extract(
             f"validation loss {vector.metadata['validation_loss']:.2f} nats",
             highlight=False,
         )
-        chosen: dict[str, Any] = dict(heads=vector.heads, values=vector.values)
+        asking: dict[str, Any] = dict(progress=not quiet, world=world)
         scores = [
-            engine.evaluate(lm, "zero-shot", zero_shot, progress=not quiet),
-            engine.evaluate(lm, f"{icl_shots}-shot ICL", icl, progress=not quiet),
-            engine.evaluate(lm, "zero-shot + MTV", zero_shot, progress=not quiet, **chosen),
+            engine.evaluate(lm, "zero-shot", zero_shot, **asking),
+            engine.evaluate(lm, f"{icl_shots}-shot ICL", icl, **asking),
+            engine.evaluate(lm, "zero-shot + MTV", zero_shot, heads=vector.heads, values=vector.values, **asking),
         ]
+        if world.rank > 0:
+            return
         out.print(score_table(opened.name, scores))
 
         vector.metadata.update(task=opened.name, shots=shots, prompts=prompts)
@@ -120,6 +129,72 @@ def extract(
         checkpoint.unlink(missing_ok=True)
         for name in ("vector.safetensors", "heads.png", "curve.png", "results.json"):
             out.print(folder / name, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def fv(
+    model: Annotated[str, typer.Option(help="smollm2-135m, a local folder, or a hub id.")] = "smollm2-135m",
+    task: Annotated[str, typer.Option(help=f"{', '.join(tasks.SHIPPED)}, or a JSONL file of input/output pairs.")] = (
+        "antonyms"
+    ),
+    k: Annotated[int, typer.Option(help="Heads whose outputs are summed.")] = 10,
+    shots: Annotated[int, typer.Option(help="Demonstrations in each prompt.")] = 10,
+    prompts: Annotated[int, typer.Option(help="Clean prompts that the means are taken from.")] = 100,
+    shuffled: Annotated[int, typer.Option(help="Shuffled prompts that heads are ranked on.")] = 25,
+    seed: Annotated[int, typer.Option(help="Of the split and the prompts.")] = 0,
+    folder: Annotated[Path | None, typer.Option("--out", help="Where results go; default out/TASK-fv.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress lines.")] = False,
+) -> None:
+    """Find a function vector, add it after every layer, and measure it on zero-shot and shuffled-label prompts.
+
+    The layer is chosen on validation words, for each kind of prompt; the figures are of held-out words.
+    """
+    with plain_errors():
+        opened = tasks.load(task)
+        split = opened.split(seed)
+        folder = Path("out") / f"{opened.name}-fv" if folder is None else folder
+        make_folder(folder)
+        clean = [example.prompt for example in opened.few_shot(split.train, shots, prompts, seed)]
+        corrupted = opened.few_shot(split.train, shots, shuffled, seed + 1, shuffled=True)
+        lm = models.load(model)
+        note.print(f"{lm.name}: {lm.shape}", highlight=False)
+        vector, effects = engine.fv.extract(
+            lm, clean, corrupted, k=k, checkpoint=folder / "checkpoint.safetensors", progress=not quiet
+        )
+        table = Table(title=f"{opened.name}: first-token accuracy on {len(split.test)} held-out words, {k} heads")
+        for column in ("", "without", "95% interval", "with", "95% interval", "after layer"):
+            table.add_column(column, justify="right" if column else "left")
+        results: dict[str, Any] = {}
+        for kind in ("zero-shot", "shuffled labels"):
+            held_out, validation = (
+                [opened.example(pair) for pair in pairs] for pairs in (split.test, split.validation)
+            )
+            if kind != "zero-shot":
+                held_out, validation = (
+                    opened.queries(pairs, split.train, shots, seed + 2, shuffled=True)
+                    for pairs in (split.test, split.validation)
+                )
+            layer = int(engine.fv.hits_by_layer(lm, validation, vector.vector)[:, :-1].float().mean(dim=0).argmax())
+            hits = engine.fv.hits_by_layer(lm, held_out, vector.vector)
+            each = hits.float().mean(dim=0).tolist()
+            before, after = (wilson(int(hits[:, row].sum()), len(hits)) for row in (-1, layer))
+            table.add_row(
+                kind, f"{each[-1]:.2f}", _interval(before), f"{each[layer]:.2f}", _interval(after), str(layer)
+            )
+            results[kind] = dict(without=each[-1], by_layer=each[:-1], layer=layer, before=before, after=after)
+        out.print(table)
+        vector.save(folder / "vector.safetensors")
+        effects.save(folder / "effects.safetensors")
+        effects.heatmap(folder / "heads.png")
+        lines, without = ({kind: found[key] for kind, found in results.items()} for key in ("by_layer", "without"))
+        plots.by_layer(folder / "layers.png", lines, without, f"{opened.name}, {lm.name}, {k} heads")
+        write_whole(folder / "results.json", json.dumps(dict(vector.metadata, heads=vector.heads, **results)) + "\n")
+        for name in ("vector.safetensors", "effects.safetensors", "heads.png", "layers.png", "results.json"):
+            out.print(folder / name, highlight=False, soft_wrap=True)
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return f"{ends[0]:.2f}-{ends[1]:.2f}"
 
 
 @app.command()
@@ -156,6 +231,12 @@ def info(vector: Annotated[Path, typer.Argument(help="A vector.safetensors writt
                 table.add_row(key, json.dumps(value) if isinstance(value, dict) else str(value))
         table.add_row("heads", f"{len(loaded.heads)}: " + ", ".join(f"{la}.{h}" for la, h in loaded.heads))
         out.print(table)
+
+
+def make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out {folder} is a file, expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextmanager

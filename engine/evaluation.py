@@ -7,9 +7,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from engine.intervention import Heads
+from engine.distributed import ALONE, World, digest, identity
+from engine.intervention import Heads, read_patch
 from engine.progress import track
 from engine.tasks.scoring import Example, first_token_hits
 from models import Model
@@ -44,24 +46,39 @@ def evaluate(
     heads: Heads = None,
     values: Tensor | None = None,
     progress: bool = False,
+    world: World = ALONE,
 ) -> Score:
     """Ask every example by itself, patched if heads are given, and time it.
 
-    Raises ValueError for no examples; as `engine.patch` for the rest.
+    world: the ranks (`engine.distributed.joined`) that share out the examples; default this process alone.
+
+    Raises ValueError for no examples; as `engine.patch` for the rest; LostRankError if a rank is lost.
 
     >>> score = engine.evaluate(model, "zero-shot", [Example("Q: hot\\nA:", " cold")])
     >>> score.queries
     1
     """
-    from scipy.stats import binomtest
-
     if not examples:
         raise ValueError("no examples were given")
-    hits, seconds = [], []
-    for example in track(examples, name, progress):
+    lengths = [len(model.encode(example.prompt)) for example in examples]
+    if world.size > 1:
+        patch = read_patch(model.shape, heads, values)
+        world.same(identity(model) | {"name": name, "lengths": lengths, "patch": digest(patch.heads, patch.values)})
+    measured: list[tuple[bool, float]] = []
+    for example in track(examples[world.share(len(examples))], name, progress and world.rank == 0):
         started = time.perf_counter()
-        hits.append(bool(first_token_hits(model, [example], heads=heads, values=values)[0, 0]))
-        seconds.append(time.perf_counter() - started)
-    interval = binomtest(sum(hits), len(hits)).proportion_ci(method="wilson")
-    tokens = statistics.fmean(len(model.encode(example.prompt)) for example in examples)
-    return Score(name, sum(hits), len(hits), interval.low, interval.high, tokens, statistics.median(seconds))
+        hit = bool(first_token_hits(model, [example], heads=heads, values=values)[0, 0])
+        measured.append((hit, time.perf_counter() - started))
+    mine = torch.tensor(measured, dtype=torch.float64).reshape(-1, 2)
+    hits, seconds = world.gather(mine, len(examples)).T.tolist()
+    n_hits = int(sum(hits))
+    low, high = wilson(n_hits, len(hits))
+    return Score(name, n_hits, len(hits), low, high, statistics.fmean(lengths), statistics.median(seconds))
+
+
+def wilson(hits: int, queries: int) -> tuple[float, float]:
+    """95% interval of an accuracy."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(hits, queries).proportion_ci(method="wilson")
+    return interval.low, interval.high

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from engine.checking import check_once
-from engine.intervention import Heads, Mode, Patch, read_patch
+from engine.intervention import Heads, Mode, Patch, Steering, read_patch
 from engine.patching import make_plans
 from engine.planning import MAX_TOKENS, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
-from engine.runner import make_edit, run, segment
+from engine.runner import make_edit, make_steer, run, segment
 from models import Model, Segment, UnsupportedModelError
 
 
@@ -26,13 +26,14 @@ def generate(
     heads: Heads = None,
     values: Tensor | None = None,
     mode: Mode = "replace",
+    steering: Steering | None = None,
     max_new_tokens: int = 20,
     stop: str | None = None,
     strategy: Strategy = "auto",
 ) -> str | list[str] | list[list[str]]:
     """Answer greedily with heads patched at the last prompt token and at every generated token.
 
-    heads, values, mode, strategy: as for `engine.patch`; without heads the model answers unpatched.
+    heads, values, mode, steering, strategy: as for `engine.patch`; without any of them the model answers unpatched.
     max_new_tokens: default 20; an answer ends earlier at an end-of-text token, or where `stop` appears (cut off).
 
     Returns one string; a list of them for several prompts or several rows; [prompts][rows] for both. Prompts and rows
@@ -43,7 +44,7 @@ def generate(
     >>> engine.generate(model, "Q: hot\\nA:", heads=[(10, 3)], values=means, max_new_tokens=3)
     '...'
     """
-    patch = read_patch(model.shape, heads, values, -1, mode)
+    patch = read_patch(model.shape, heads, values, -1, mode, steering)
     several, prompts = as_prefixes(model, prompt)
     if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
@@ -109,7 +110,8 @@ def _decode_together(
     segments = [segment(prompt, len(prompt.tokens) - 1, patch.n_rows) for prompt in prompts]
     live = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        out = model.pack(segments, make_edit(model, patch, [0], 1, len(segments)), keep=True)
+        edit, steer = make_edit(model, patch, [0], 1, len(segments)), make_steer(patch, [0], len(segments))
+        out = model.pack(segments, edit, keep=True, steer=steer)
         tokens = out.logits.argmax(dim=-1)  # [prompts, rows]
         going = []
         for index, (prompt_index, row) in enumerate(zip(live, tokens.tolist(), strict=True)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -19,6 +19,20 @@ Heads: TypeAlias = "Bool[Tensor, 'rows layers heads'] | Bool[Tensor, 'layers hea
 
 
 @dataclass(frozen=True)
+class Steering:
+    """A vector added to the residual stream after a layer, at the patched tokens.
+
+    vector: what is added.
+    layers: after which layer, for all rows; or a list of them, one row each, None for a row that nothing is added to.
+
+    >>> logits = engine.patch(model, "Q: hot\\nA:", steering=engine.Steering(torch.zeros(model.shape.d_model), [0, 1]))
+    """
+
+    vector: Float[Tensor, " d_model"]
+    layers: int | Sequence[int | None]
+
+
+@dataclass(frozen=True)
 class Patch:
     """rows of a prompt, each with its own heads patched.
 
@@ -26,12 +40,14 @@ class Patch:
     values:    what the heads output, shared by all rows or one set a row.
     positions: tokens patched, negative ones counted from the end of the prompt.
     mode:      "replace" the heads' output by the values, or "add" the values to it.
+    steering:  a vector added to the residual stream of the same tokens, `layers` being one a row.
     """
 
     heads: Bool[Tensor, "rows layers heads"]
     values: Float[Tensor, "layers heads head_dim"] | Float[Tensor, "rows layers heads head_dim"]
     positions: tuple[int, ...]
     mode: Mode
+    steering: Steering | None = None
 
     @property
     def n_rows(self) -> int:
@@ -39,8 +55,29 @@ class Patch:
 
     def rows(self, start: int, stop: int) -> Patch:
         """Some of the rows."""
-        values = self.values if self.values.ndim == 3 else self.values[start:stop]
-        return Patch(self.heads[start:stop], values, self.positions, self.mode)
+        return self.select(range(self.n_rows)[start:stop])
+
+    def select(self, rows: Sequence[int]) -> Patch:
+        """These rows, in this order."""
+        index = torch.tensor(rows, device=self.heads.device)
+        values = self.values if self.values.ndim == 3 else self.values[index.to(self.values.device)]
+        steering = self.steering and replace(self.steering, layers=[self.steered_after[row] for row in rows])
+        return Patch(self.heads[index], values, self.positions, self.mode, steering)
+
+    @property
+    def steered_after(self) -> Sequence[int | None]:
+        """The layer after which each row is steered."""
+        if self.steering is None:
+            return [None] * self.n_rows
+        layers = self.steering.layers
+        return [layers] * self.n_rows if isinstance(layers, int) else layers
+
+    def first_layers(self) -> list[int]:
+        """The first layer at which each row is patched or steered; the last for a row that is neither."""
+        layers = self.heads.any(dim=2)  # [R, L]
+        last = layers.shape[1] - 1
+        first = torch.where(layers.any(dim=1), layers.int().argmax(dim=1), last).tolist()
+        return [min(a, last if b is None else b) for a, b in zip(first, self.steered_after, strict=True)]
 
     def at(self, n_tokens: int) -> tuple[int, ...]:
         """The patched positions of a prompt of `n_tokens`, from its start, in order.
@@ -59,15 +96,36 @@ def read_patch(
     values: Tensor | None,
     positions: int | Sequence[int] = -1,
     mode: Mode = "replace",
+    steering: Steering | None = None,
 ) -> Patch:
     """Check what a caller gave against the model's shape.
 
     Raises TypeError, ValueError or IndexError naming what was given and what was expected.
     """
+    if heads is None and steering is not None and not isinstance(steering.layers, int):
+        heads = torch.zeros(len(steering.layers), shape.n_layers, shape.n_heads, dtype=torch.bool)
     mask = read_heads(shape, heads)
+    check_steering(shape, steering, len(mask))
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
-    return Patch(mask, read_values(shape, values, mask), read_positions(positions), mode)
+    return Patch(mask, read_values(shape, values, mask), read_positions(positions), mode, steering)
+
+
+def check_steering(shape: Shape, steering: Steering | None, n_rows: int) -> None:
+    if steering is None:
+        return
+    vector, layers = steering.vector, steering.layers
+    if not isinstance(vector, Tensor) or not vector.is_floating_point() or tuple(vector.shape) != (shape.d_model,):
+        given = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+        raise ValueError(f"a steering vector must be a floating-point tensor {[shape.d_model]}, got {given}")
+    if not vector.isfinite().all():
+        raise ValueError("the steering vector must be finite, got NaN or inf")
+    each = [layers] if isinstance(layers, int) else list(layers)
+    if not isinstance(layers, int) and len(each) != n_rows:
+        raise ValueError(f"steering must name a layer for each of {n_rows} rows, got {len(each)}")
+    for layer in each:
+        if layer is not None and (not isinstance(layer, int) or not 0 <= layer < shape.n_layers):
+            raise IndexError(f"steering layer {layer!r} is out of range: layers are 0..{shape.n_layers - 1}")
 
 
 def read_positions(positions: int | Sequence[int]) -> tuple[int, ...]:

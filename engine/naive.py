@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.intervention import Heads, Mode, Patch, read_patch
+from engine.intervention import Heads, Mode, Patch, Steering, read_patch
 from engine.prefix import Prefix, Prompts, as_prefixes, patched_positions
 from models import Model
 from models.shapes import Float
@@ -17,10 +17,11 @@ def patch(
     model: Model,
     prompt: Prompts,
     *,
-    heads: Heads,
-    values: Tensor | None,
+    heads: Heads = None,
+    values: Tensor | None = None,
     positions: int | Sequence[int] = -1,
     mode: Mode = "replace",
+    steering: Steering | None = None,
     strategy: str = "naive",
 ) -> Float[Tensor, "*prompts rows vocab"]:
     """As `engine.patch`, by R full forwards a prompt.
@@ -29,7 +30,7 @@ def patch(
     """
     if strategy != "naive":
         raise ValueError(f"engine.naive.patch has one strategy, 'naive', got {strategy!r}")
-    checked = read_patch(model.shape, heads, values, positions, mode)
+    checked = read_patch(model.shape, heads, values, positions, mode, steering)
     several, prompts = as_prefixes(model, prompt)
     for one in prompts:
         patched_positions(checked, one)  # before anything runs
@@ -42,16 +43,24 @@ def rows(model: Model, patch: Patch, prompt: Prefix) -> Float[Tensor, "rows voca
     """One hooked forward for each row of one prompt."""
     positions = patch.at(len(prompt.tokens))
     logits = []
-    for row, heads in enumerate(patch.heads.to(model.device)):
+    for row, heads in enumerate(model.own_heads(patch.heads.to(model.device), -1)):
         values = (patch.values[row] if patch.values.ndim == 4 else patch.values).to(model.device, model.dtype)
+        values = model.own_heads(values, -2)
 
         def edit(layer: int, z: Tensor, heads: Tensor = heads, values: Tensor = values) -> Tensor:
-            z = z.clone()  # [1, T, H, D]
-            on = heads[layer]
+            on, new = heads[layer].to(z.device), values[layer].to(z)  # z: [1, T, H, D]
             for position in positions:
                 before = z[0, position, on] if patch.mode == "add" else 0
-                z[0, position, on] = before + values[layer, on]
+                z[0, position, on] = before + new[on]
             return z
 
-        logits.append(model.forward(prompt.tokens[None], edit, inputs=prompt.prompt.inputs)[0])
+        def add(h: Tensor) -> Tensor:  # [1, T, d_model]
+            h = h.clone()
+            for position in positions:
+                h[0, position] += patch.steering.vector.to(h)  # type: ignore[union-attr]
+            return h
+
+        after = patch.steered_after[row]
+        steer = None if after is None else {after: add}
+        logits.append(model.forward(prompt.tokens[None], edit, inputs=prompt.prompt.inputs, steer=steer)[0])
     return torch.stack(logits)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from engine.checking import check_once
-from engine.intervention import Heads, Mode, read_patch
+from engine.checking import check_layered, check_once
+from engine.intervention import Heads, Mode, Steering, read_patch
 from engine.planning import Plan, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes, patched_positions, why_not_split
 from engine.runner import run
@@ -19,10 +19,11 @@ def patch(
     model: Model,
     prompt: Prompts,
     *,
-    heads: Heads,
-    values: Tensor | None,
+    heads: Heads = None,
+    values: Tensor | None = None,
     positions: int | Sequence[int] = -1,
     mode: Mode = "replace",
+    steering: Steering | None = None,
     strategy: Strategy = "auto",
 ) -> Float[Tensor, "*prompts rows vocab"]:
     """Logits of the last token, for every row of heads patched: exactly those of one hooked forward a row.
@@ -32,8 +33,9 @@ def patch(
     values:    Float[L, H, D] for all rows, or Float[R, L, H, D], one set a row: what the heads output before W_O.
     positions: token or tokens patched, negative ones counted from the end; the same values at each. Default: the last.
     mode:      "replace" the heads' output, or "add" the values to it.
-    strategy:  "auto" picks the cheapest that is exact (`engine.plan` says which, and why); "packed", "expanded",
-               "batch" and "naive" are used as named, or refused.
+    steering:  a vector added to the residual stream of the same tokens, after a layer; also without any heads.
+    strategy:  "auto" picks the cheapest that is exact (`engine.plan` says which, and why); "layered", "packed",
+               "expanded", "batch" and "naive" are used as named, or refused.
 
     Returns Float[R, vocab] in the model's dtype, or Float[N, R, vocab] for a list of N prompts. Differentiable with
     respect to `values` if they require a gradient. Raises TypeError, ValueError, IndexError or UnsupportedModelError
@@ -45,12 +47,15 @@ def patch(
     >>> logits.shape == (1, model.shape.vocab_size)
     True
     """
-    checked = read_patch(model.shape, heads, values, positions, mode)
+    checked = read_patch(model.shape, heads, values, positions, mode, steering)
     several, prompts = as_prefixes(model, prompt)
     at = [patched_positions(checked, p) for p in prompts]
-    make_plans(model, prompts, checked.n_rows, at, strategy)  # refuses what it must before anything runs
+    entry = checked.first_layers()
+    plans = make_plans(model, prompts, checked.n_rows, at, strategy, entry)  # refuses what it must before anything runs
     check_once(model, prompts[0], strategy)
-    logits = run(model, checked, prompts, make_plans(model, prompts, checked.n_rows, at, strategy))
+    if any(plan.strategy == "layered" for plan in plans):
+        check_layered(model, prompts[0], strategy)
+    logits = run(model, checked, prompts, make_plans(model, prompts, checked.n_rows, at, strategy, entry))
     return logits if several else logits[0]
 
 
@@ -73,12 +78,18 @@ def plan(
 
 
 def make_plans(
-    model: Model, prompts: Sequence[Prefix], rows: int, positions: Sequence[Sequence[int]], strategy: Strategy
+    model: Model,
+    prompts: Sequence[Prefix],
+    rows: int,
+    positions: Sequence[Sequence[int]],
+    strategy: Strategy,
+    entry: Sequence[int] = (),
 ) -> list[Plan]:
-    """A plan for each prompt, patched at these positions of it."""
+    """A plan for each prompt, patched at these positions of it, its rows from these layers on."""
     plans = []
     for prompt, at in zip(prompts, positions, strict=True):
         shared = model.sharing_refused or why_not_split(prompt.prompt, min(at))
         n_tokens, n_ready = len(prompt.tokens), len(prompt.cache)
-        plans.append(make_plan(model.shape, n_tokens, rows, at, strategy, n_ready, model.packing_refused, shared))
+        refused = (model.packing_refused, shared, entry, model.layering_refused)
+        plans.append(make_plan(model.shape, n_tokens, rows, at, strategy, n_ready, *refused))
     return plans

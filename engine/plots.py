@@ -1,9 +1,9 @@
-"""Pictures of a search: which heads it chose, and how the loss fell. Needs matplotlib, `headpatch[plots]`."""
+"""Pictures: which heads a search chose, how its loss fell, what a sweep found. Needs matplotlib, `headpatch[plots]`."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,36 @@ def heatmap(
     _save(figure, path)
 
 
+def effect_maps(
+    path: str | Path,
+    means: Float[Tensor, "panels layers heads"],
+    marked: Bool[Tensor, "panels layers heads"],
+    label: str,
+    names: Sequence[str] = (),
+    title: str = "",
+) -> None:
+    """Layer x head maps of effects, one under the other, as PNG: blue below zero, white at it, red above; one scale.
+
+    marked: heads that carry a dot. label: of the scale. names: of the panels.
+    """
+    n_panels, n_layers, n_heads = means.shape
+    figure, grid = _figure(0.22 * n_layers + 2.5, (0.22 * n_heads + 1.2) * n_panels + 0.4, n_panels)
+    bound, top = float(means.abs().max()) or 1.0, f"top {int(marked.sum())}"
+    for panel, axes in enumerate(grid):
+        image = axes.imshow(means[panel].T.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="equal")
+        layers, heads = marked[panel].nonzero(as_tuple=True)
+        axes.scatter(layers, heads, s=9, c="white", edgecolors="black", linewidths=0.6, label=top)
+        axes.set(ylabel="head", title=names[panel] if names else "")
+        axes.set_xticks(range(0, n_layers, max(1, n_layers // 10)))
+        axes.set_yticks(range(0, n_heads, max(1, n_heads // 8)))
+    grid[-1].set_xlabel("layer")
+    figure.suptitle(title)
+    if marked.any():
+        grid[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.colorbar(image, ax=list(grid), label=label, shrink=0.7)
+    _save(figure, path)
+
+
 def learning_curve(path: str | Path, losses: Sequence[float], title: str = "") -> None:
     """Loss of each step, mean over its rollouts, with a running mean over ten steps, as PNG."""
     figure, axes = _figure(6.0, 3.2)
@@ -49,11 +79,27 @@ def learning_curve(path: str | Path, losses: Sequence[float], title: str = "") -
     _save(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def by_layer(
+    path: str | Path, lines: Mapping[str, Sequence[float]], without: Mapping[str, float], title: str = ""
+) -> None:
+    """Accuracy with a vector added after each layer, a line a kind of prompt; dashed: without the vector."""
+    figure, axes = _figure(7, 3.6)
+    for color, (name, accuracies) in zip(("#0072B2", "#D55E00", "#009E73"), lines.items(), strict=False):
+        axes.plot(range(len(accuracies)), accuracies, marker="o", markersize=3, color=color, label=name)
+        axes.axhline(without[name], linestyle="--", linewidth=1, color=color, label=f"{name}, without")
+    axes.set(xlabel="layer the vector is added after", ylabel="first-token accuracy", ylim=(-0.02, 1), title=title)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, panels: int | None = None) -> tuple[Any, Any]:
+    """A figure and its axes; a list of axes, one under the other, if `panels` are asked for."""
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
+    if panels is None:
+        return figure, figure.subplots()
+    return figure, list(figure.subplots(panels, squeeze=False)[:, 0])
 
 
 def _save(figure: Any, path: str | Path) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from engine import naive
-from engine.edit import edit_heads
 from engine.intervention import Patch
+from engine.ops import edit_heads
 from engine.planning import MAX_TOKENS, Plan
 from engine.prefix import Prefix, compute
-from models import Edit, Model, Segment
+from models import Edit, Model, Segment, Steer
 from models.shapes import Float
 
 
@@ -39,24 +40,67 @@ def run(
 def make_edit(model: Model, patch: Patch, tail: Sequence[int], n_tail: int, n_prompts: int = 1) -> Edit:
     """The patch as edit(layer, z), for rows of the last `n_tail` tokens, patched at `tail` (counted within them).
 
-    z is [prompts * rows, n_tail, heads, head_dim]: every prompt has the same rows.
+    z is [prompts * rows, n_tail, heads, head_dim]: every prompt has the same rows. It is written to and returned; a new
+    tensor where gradients are recorded.
     """
     touched = patch.heads.any(dim=2).any(dim=0).tolist()
-    mask = patch.heads.to(model.device).transpose(0, 1)[:, :, None, :, None]  # [L, R, 1, H, 1]
-    values = patch.values.to(model.device, model.dtype)
-    values = values[:, None, None] if values.ndim == 3 else values.transpose(0, 1)[:, :, None]  # [L, 1|R, 1, H, D]
-    mask = mask.repeat(1, n_prompts, 1, 1, 1)
-    values = values.repeat(1, n_prompts, 1, 1, 1) if values.shape[1] > 1 else values
-    where = None if len(tail) == n_tail else torch.as_tensor(tail, device=model.device)
+    spans = contiguous(tail)
+    mask = model.own_heads(patch.heads.to(model.device), -1).transpose(0, 1).repeat(1, n_prompts, 1)  # [L, P*R, H]
+    values = model.own_heads(patch.values.to(model.device, model.dtype), -2)
+    values = values[:, None] if values.ndim == 3 else values.transpose(0, 1)  # [L, 1|R, H, D]
+    values = values.repeat(1, n_prompts, 1, 1) if values.shape[1] > 1 else values
+    # By device and dtype: a model may be spread over several.
+    ready = {(model.device, model.dtype): (mask, values)}
 
     def edit(layer: int, z: Tensor) -> Tensor:
         if not touched[layer]:
             return z
-        if where is None:
-            return edit_heads(z, mask[layer], values[layer], patch.mode)
-        return z.index_copy(1, where, edit_heads(z[:, where], mask[layer], values[layer], patch.mode))
+        where = (z.device, z.dtype)
+        if where not in ready:
+            ready[where] = mask.to(z.device), values.to(z.device, z.dtype)
+        masks, new = ready[where]
+        for span in spans:
+            part = z[:, span]
+            # Rows that are still to come in are the last ones.
+            edited = edit_heads(part, masks[layer][: len(z)], new[layer][: len(z)], patch.mode)
+            if edited is not part:
+                z = z.slice_scatter(edited, 1, span.start, span.stop)
+        return z
 
     return edit
+
+
+def make_steer(patch: Patch, tail: Sequence[int], n_prompts: int = 1) -> Steer | None:
+    """The patch's steering by layer, for the rows [prompts * rows, n_tail, d_model] that `make_edit` is for."""
+    rows_after: dict[int, list[int]] = {}
+    for row, layer in enumerate(list(patch.steered_after) * n_prompts):
+        if layer is not None:
+            rows_after.setdefault(layer, []).append(row)
+
+    def adding(rows: list[int]) -> Callable[[Tensor], Tensor]:
+        def add(h: Tensor) -> Tensor:
+            which = torch.tensor(rows, device=h.device)[:, None]
+            vector = patch.steering.vector.to(h)  # type: ignore[union-attr]
+            return h.index_put((which, torch.tensor(tail, device=h.device)), vector, accumulate=True)
+
+        return add
+
+    return {layer: adding(rows) for layer, rows in rows_after.items()} or None
+
+
+def contiguous(positions: Sequence[int]) -> list[slice]:
+    """Positions in order as the fewest slices.
+
+    >>> contiguous([0, 1, 2, 5])
+    [slice(0, 3, None), slice(5, 6, None)]
+    """
+    spans: list[slice] = []
+    for p in positions:
+        if spans and spans[-1].stop == p:
+            spans[-1] = slice(spans[-1].start, p + 1)
+        else:
+            spans.append(slice(p, p + 1))
+    return spans
 
 
 def _ready(prompt: Prefix, plan: Plan) -> Prefix:
@@ -99,16 +143,18 @@ def _packed(model: Model, patch: Patch, group: list[tuple[Prefix, Plan]]) -> lis
     plan = group[0][1]
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
     edit = make_edit(model, patch, tail, plan.n_tokens - plan.split, len(group))
-    return list(model.pack(segments, edit).logits)
+    return list(model.pack(segments, edit, steer=make_steer(patch, tail, len(group))).logits)
 
 
 def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
     """One prompt, its rows in as many passes as the plan says."""
     if plan.strategy == "naive":
         return naive.rows(model, patch, prompt)
-    if plan.strategy == "packed":
+    if plan.strategy == "packed" or (plan.strategy == "layered" and plan.rows_per_pass < plan.n_rows):
         prompt = _ready(prompt, plan)
     prefix = _ready(prompt, plan).cache[: plan.split] if plan.strategy == "expanded" and plan.split else None
+    if plan.strategy == "layered":
+        return _layered(model, patch, prompt, plan)
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
     ids = prompt.tokens[plan.split :]
     inputs = None if prefix else prompt.prompt.inputs
@@ -119,5 +165,34 @@ def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Ten
             logits += _packed(model, some, [(prompt, plan)])
         else:
             edit = make_edit(model, some, tail, len(ids))
-            logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs))
+            steer = make_steer(some, tail)
+            logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs, steer))
     return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+
+def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+    """Rows in the order of their first patched layer, each coming in there as a copy of one that nobody patches."""
+    entry = patch.first_layers()
+    order = sorted(range(plan.n_rows), key=entry.__getitem__)
+    tail = [p - plan.split for p in patch.at(plan.n_tokens)]
+    logits: list[Tensor] = [torch.empty(0)] * plan.n_rows
+    for start in range(0, plan.n_rows, plan.rows_per_pass):
+        some = order[start : start + plan.rows_per_pass]
+        rows = with_unpatched(patch.select(some))
+        one = replace(segment(prompt, plan.split, rows.n_rows), entry=(0, *(entry[i] for i in some)))
+        edit = make_edit(model, rows, tail, plan.n_tokens - plan.split)
+        found = model.pack([one], edit, steer=make_steer(rows, tail)).logits[0][1:]
+        for index, row in zip(some, found, strict=True):
+            logits[index] = row
+    return torch.stack(logits)
+
+
+def with_unpatched(patch: Patch) -> Patch:
+    """A row of nothing before the others."""
+    values, steering = patch.values, patch.steering
+    if values.ndim == 4:
+        values = torch.cat([torch.zeros_like(values[:1]), values])
+    if steering is not None:
+        steering = replace(steering, layers=[None, *patch.steered_after])
+    heads = torch.cat([torch.zeros_like(patch.heads[:1]), patch.heads])
+    return replace(patch, heads=heads, values=values, steering=steering)

@@ -11,6 +11,7 @@ from models.interface import (
     PromptLike,
     Segment,
     Shape,
+    Steer,
     UnsupportedModelError,
 )
 from models.opening import load, wrap
@@ -26,6 +27,7 @@ __all__ = [
     "PromptLike",
     "Segment",
     "Shape",
+    "Steer",
     "UnsupportedModelError",
     "load",
     "wrap",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.huggingface import HuggingFace, find_projections, read_eos
+from models.huggingface import HuggingFace, find_blocks, find_projections, read_eos
 from models.images import open_image
 from models.interface import Edit, Encoded, Prompt, PromptLike, Shape, UnsupportedModelError
 
@@ -52,7 +52,8 @@ class Encoder(HuggingFace):
             vocab_size=_answers(hf, config),
             max_tokens=patches + 1 if self.pixels else config.max_position_embeddings,
         )
-        self.sharing_refused = self.packing_refused = REFUSED
+        self.blocks = find_blocks(hf, self.projections)
+        self.sharing_refused = self.packing_refused = self.layering_refused = REFUSED
         self.eos = read_eos(hf)
         self._take_stock()
 

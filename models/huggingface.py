@@ -23,15 +23,18 @@ from models.interface import (
     PromptLike,
     Segment,
     Shape,
+    Steer,
     UnsupportedModelError,
 )
 from models.linear import onednn_layers, onednn_linear
-from models.packed import Layout, packed_attention
+from models.packed import Layout, entering, packed_attention
 from models.shapes import Float, Int
+from models.sharding import execution_device, gather, head_mesh, own
 
 # A decoder block's attention, and in it the output projection W_O, whose input is z.
 ATTENTIONS = ("self_attn", "attn", "attention", "self_attention", "cross_attn")
 PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "output.dense")
+FEED_FORWARD = "mlp"
 UNBOUNDED = 2**20  # context of models that name none (ALiBi)
 
 
@@ -70,6 +73,8 @@ class HuggingFace:
         self.shape = read_shape(self.config, self.projections)
         self.sharing_refused = why_not_shared(self.decoder)
         self.packing_refused = self.sharing_refused or why_not_packed(hf, self.config)
+        self.blocks = find_blocks(self.decoder, self.projections)
+        self.layering_refused = "" if self.blocks else "its blocks are not a list that its projections lie in"
         self.eos = read_eos(hf)
         self._take_stock()
 
@@ -77,6 +82,7 @@ class HuggingFace:
         """What every call needs and no call changes."""
         self._modules = list(self.hf.modules())
         self._linears = onednn_layers(self._modules)
+        self._mesh = head_mesh(self.hf, self.projections, self.shape)
         self._accepts = inspect.signature(self.hf.forward).parameters
 
     def __repr__(self) -> str:
@@ -84,7 +90,7 @@ class HuggingFace:
 
     @property
     def device(self) -> torch.device:
-        return self.hf.get_input_embeddings().weight.device  # type: ignore[operator]
+        return execution_device(self.hf.get_input_embeddings())  # type: ignore[operator]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +100,14 @@ class HuggingFace:
     def architecture(self) -> str:
         fields = {k: v for k, v in self.hf.config.to_dict().items() if k != "_name_or_path"}  # type: ignore[operator,union-attr]
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return f"{type(self).__name__} {type(self.hf).__name__} {digest} {self.dtype} {self.device.type}"
+        over = "" if self._mesh is None else f" over {self._mesh.size()} processes"
+        return f"{type(self).__name__} {type(self.hf).__name__} {digest} {self.dtype} {self.device.type}{over}"
+
+    def own_heads(self, x: Tensor, dim: int) -> Tensor:
+        return x if self._mesh is None else own(x, dim, self._mesh)
+
+    def all_heads(self, x: Tensor, dim: int) -> Tensor:
+        return x if self._mesh is None else gather(x, dim, self._mesh)
 
     def read(self, prompt: PromptLike) -> Encoded:
         if isinstance(prompt, Prompt) and prompt.images:
@@ -162,39 +175,63 @@ class HuggingFace:
         edit: Edit | None = None,
         prefix: KeyValues | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        steer: Steer | None = None,
     ) -> Float[Tensor, "batch vocab"]:
         batch, n_tokens = tokens.shape
         given: dict[str, Any] = {"input_ids": tokens, "use_cache": prefix is not None}
         if prefix is not None:
             given["past_key_values"] = _expanded_cache(prefix, batch)
             # Counted on from the prefix: what a model would guess depends on what it last saw.
-            start = len(prefix) + prefix.offset
+            start: Any = len(prefix) + prefix.offset
             given["position_ids"] = torch.arange(start, start + n_tokens, device=self.device).expand(batch, -1)
         for key, value in fit(dict(inputs or {}), n_tokens).items():
             given[key] = value if batch == 1 else value.repeat(batch, *[1] * (value.ndim - 1))
-        with self._running():
+        with self._running(), self._steered(steer, 0, batch, n_tokens):
             return self._call(edit, 0, batch, n_tokens, logits_to_keep=1, **given)[:, -1]
 
     def pack(
-        self, segments: Sequence[Segment], edit: Edit | None = None, keep: bool = False, logits: bool = True
+        self,
+        segments: Sequence[Segment],
+        edit: Edit | None = None,
+        keep: bool = False,
+        logits: bool = True,
+        steer: Steer | None = None,
     ) -> Packed:
         if self.packing_refused:
             raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {self.packing_refused}")
-        layout = Layout(segments, keep)
-        n_segments = len(segments)
-        with self._running(), packed_attention(self.config, layout):
+        if segments[0].entry and self.layering_refused:
+            raise UnsupportedModelError(f"rows of {self.name} cannot come in layer by layer: {self.layering_refused}")
+        layout = Layout(segments, keep, last_layer=self.shape.n_layers - 1)
+        n_segments, step = len(segments), max(1, layout.n_tokens)
+        # The last token of every row. No index tensor: the last layer may be on another device than the tokens.
+        last = slice(layout.first_row + step - 1, None if logits else 0, step)
+        n_rows = -1 if layout.entry else n_segments * layout.n_rows
+        where = (layout.first_row, n_rows, layout.n_tokens)
+        with (
+            self._running(),
+            packed_attention(self.config, layout),
+            entering(self.blocks, layout),
+            self._steered(steer, *where),
+        ):
             out = self._call(
                 edit,
-                layout.first_row,
-                n_segments * layout.n_rows,
-                layout.n_tokens,
+                *where,
                 input_ids=layout.tokens(),
                 position_ids=layout.positions(self.device),
                 use_cache=False,
-                logits_to_keep=layout.last_tokens(self.device)[: None if logits else 0],
+                logits_to_keep=last,
             )
         rows = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
         return Packed(rows, layout.contexts, layout.rows) if keep else Packed(rows)
+
+    def project(self, layer: int, z: Float[Tensor, "... heads head_dim"]) -> Float[Tensor, "... heads d_model"]:
+        projection, z = self.projections[layer], z.to(self.device, self.dtype)
+        if self._mesh is not None or projection.weight.is_meta:
+            raise UnsupportedModelError(
+                f"W_O of {self.name} is not all in this process: single heads are not projected"
+            )
+        weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.mT  # [H*D, d_model]
+        return torch.einsum("...hd,hdm->...hm", z, weight.unflatten(0, (self.shape.n_heads, -1)))  # type: ignore[operator]
 
     def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
         if self.packing_refused or any(prompt.inputs for prompt in prompts):
@@ -265,25 +302,53 @@ class HuggingFace:
             if edit is not None:
                 for layer, projection in enumerate(self.projections):
                     handles.append(projection.register_forward_pre_hook(hook(layer, edit)))
+            if first and self.blocks:  # after the last attention, nothing reads what becomes of a context
+                for module in (self.projections[-1], getattr(self.blocks[-1], FEED_FORWARD, None)):
+                    handles += rows_only(module, first) if module is not None else []
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _steered(self, steer: Steer | None, first: int, batch: int, tokens: int) -> Iterator[None]:
+        """Within: `steer` sees what a block gives, from token `first` of the sequence on."""
+        if steer and not self.blocks:
+            raise UnsupportedModelError(f"{self.name} cannot be steered: its blocks were not found")
+
+        def hook(change: Any) -> Any:
+            def after(_: nn.Module, __: Any, out: Any) -> Any:
+                h = out[0] if isinstance(out, tuple) else out  # [batch, tokens, d_model], or a packed sequence
+                if not first and len(h) == batch:
+                    h = change(h)
+                else:
+                    rows = change(h[0, first:].unflatten(0, (batch, tokens)))
+                    h = torch.cat([h[:, :first], rows.flatten(0, 1)[None]], dim=1)
+                return (h, *out[1:]) if isinstance(out, tuple) else h
+
+            return after
+
+        handles = [self.blocks[layer].register_forward_hook(hook(change)) for layer, change in (steer or {}).items()]
+        try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _edit(self, edit: Edit, layer: int, x: Tensor, first: int, batch: int, tokens: int) -> Tensor:
-        """What a projection is given, edited from token `first` on: x itself (written to, if packed) or a new tensor.
+        """What a projection is given, edited from token `first` on: x itself, written to, if packed; else a new tensor.
 
-        x: [batch, tokens, H*D], or a packed sequence [1, first + batch*tokens, H*D].
+        x: [batch, tokens, H*D], or a packed sequence [1, first + batch*tokens, H*D]; batch -1: as many as there are.
         """
-        rows = x[:, first:]
-        z = rows.unflatten(2, (self.shape.n_heads, -1)).reshape(batch, tokens, self.shape.n_heads, -1)
+        if not first and len(x) == batch:
+            # Others may hold on to x: hooks of the caller, attention until its backward pass.
+            z = x.clone().unflatten(-1, (-1, self.shape.head_dim))
+            return edit(layer, z).reshape(x.shape)
+        # The sequence was made by the attention function for this layer alone. z is a view of it.
+        z = x[0, first:].unflatten(0, (batch, tokens)).unflatten(-1, (-1, self.shape.head_dim))
         edited = edit(layer, z)
-        if edited is z:
-            return x
-        if not first:
-            return edited.reshape(x.shape)
-        # The sequence was made by the attention function for this layer alone: writing saves a copy of it.
-        rows.copy_(edited.reshape(rows.shape))
+        if edited is not z:
+            z.copy_(edited)
         return x
 
 
@@ -316,6 +381,34 @@ def find_projections(decoder: nn.Module, n_layers: int) -> list[nn.Module]:
         f"each with one of {ATTENTIONS} that has one of {PROJECTIONS}; declare them: "
         "models.wrap(model, projections=[...]), a dotted module name a layer"
     )
+
+
+def find_blocks(decoder: nn.Module, projections: Sequence[nn.Module]) -> list[nn.Module]:
+    """The decoder blocks that the projections lie in, if they are the modules of one list; else none."""
+    names = {id(module): name.split(".") for name, module in decoder.named_modules()}
+    paths = [names.get(id(projection), []) for projection in projections]
+    for n in range(1, min(map(len, paths))):
+        stack = decoder.get_submodule(".".join(paths[0][: n - 1]))
+        if isinstance(stack, nn.ModuleList) and list(map(str, range(len(stack)))) == [path[n - 1] for path in paths]:
+            return list(stack)
+    return []
+
+
+def rows_only(module: nn.Module, first: int) -> list[Any]:
+    """Make a module that treats every token alike skip those before `first`, and give zeros for them."""
+    skipped = 0
+
+    def skip(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal skipped
+        skipped = min(first, args[0].shape[1] - 1) if args else 0  # one token at least: some modules take no fewer
+        return (args[0][:, skipped:], *args[1:]) if args else args
+
+    def pad(_: nn.Module, __: Any, out: Any) -> Any:
+        if isinstance(out, tuple):  # a router's scores beside it
+            return (nn.functional.pad(out[0], (0, 0, skipped, 0)), *out[1:])
+        return nn.functional.pad(out, (0, 0, skipped, 0))
+
+    return [module.register_forward_pre_hook(skip), module.register_forward_hook(pad)]
 
 
 def find_attention(block: nn.Module) -> nn.Module | None:

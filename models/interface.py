@@ -12,8 +12,11 @@ from torch import Tensor
 from models.shapes import Bool, Float, Int
 
 # edit(layer, z) -> z, with z[batch, tokens, heads, head_dim] the heads' outputs before the output projection.
-# It is called once a layer, in order, with the tokens of every row; it returns z, or a new tensor of its shape.
+# It is called once a layer, in order, with the tokens of every row. It may write to z and return it, or return a new
+# tensor of its shape: a backend hands over a z that may be written to, and uses what is returned.
 Edit: TypeAlias = Callable[[int, Tensor], Tensor]
+# By layer, what becomes of the residual stream [batch, tokens, d_model] after it.
+Steer: TypeAlias = Mapping[int, Callable[[Tensor], Tensor]]
 
 
 class UnsupportedModelError(ValueError):
@@ -96,7 +99,7 @@ class KeyValues:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     # Position of the token that follows, less the number of tokens: images may take up fewer positions than tokens.
-    offset: int = 0
+    offset: int | Int[Tensor, ""] = 0
 
     def __len__(self) -> int:
         return self.keys[0].shape[-2] if self.keys else 0
@@ -118,11 +121,18 @@ class Segment:
     context: the tokens before the rows: ids to compute in this pass, or the keys and values of an earlier one.
     rows:    ids [rows, tokens], continuing the context. No row sees another.
     past:    the rows' own earlier tokens (while generating), after the context and before `rows`.
+    length:  how many tokens of the context count, where it is a buffer filled in part; on the device, as it may change
+             between replays of one CUDA graph.
+    entry:   the layers at which the rows come in, ascending, the first at 0; () for all at 0. A later one comes in as a
+             copy of the first as it stands before that layer: what nobody changes before need not be computed twice.
+             All rows have the same ids.
     """
 
     context: Int[Tensor, " context"] | KeyValues
     rows: Int[Tensor, "rows tokens"]
     past: KeyValues | None = None
+    length: Int[Tensor, ""] | None = None
+    entry: tuple[int, ...] = ()
 
     @property
     def n_context(self) -> int:
@@ -138,10 +148,10 @@ class Segment:
         return 0 if self.past is None else len(self.past)
 
     @property
-    def position(self) -> int:
+    def position(self) -> int | Int[Tensor, ""]:
         """Of the first token of every row."""
         offset = self.context.offset if isinstance(self.context, KeyValues) else 0
-        return self.n_context + self.n_past + offset
+        return (self.n_context if self.length is None else self.length) + self.n_past + offset
 
 
 @dataclass
@@ -162,6 +172,8 @@ class Model(Protocol):
     tokenizer: Any
     # Why packed rows are not exact on this model; empty if they are.
     packing_refused: str
+    # Why packed rows cannot come in at later layers; empty if they can.
+    layering_refused: str
     # Why no prefix can be shared at all; empty if it can.
     sharing_refused: str
     # Whether it continues text; encoders do not.
@@ -180,6 +192,17 @@ class Model(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    def own_heads(self, x: Tensor, dim: int) -> Tensor:
+        """Of a tensor over all heads along `dim`, the part that this process computes and `edit` sees.
+
+        All of it, unless heads are shared out over processes. Its gradient is of all heads, on every process.
+        """
+        ...
+
+    def all_heads(self, x: Tensor, dim: int) -> Tensor:
+        """The inverse: the parts of all processes, on each of them."""
+        ...
+
     def read(self, prompt: PromptLike) -> Encoded:
         """A prompt encoded and checked: not empty, within the vocabulary and the context, an image for each marker."""
         ...
@@ -196,6 +219,7 @@ class Model(Protocol):
         edit: Edit | None = None,
         prefix: KeyValues | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        steer: Steer | None = None,
     ) -> Float[Tensor, "batch vocab"]:
         """Plain forward of equally long rows, each continuing `prefix` if given: logits of the last token.
 
@@ -205,12 +229,22 @@ class Model(Protocol):
         ...
 
     def pack(
-        self, segments: Sequence[Segment], edit: Edit | None = None, keep: bool = False, logits: bool = True
+        self,
+        segments: Sequence[Segment],
+        edit: Edit | None = None,
+        keep: bool = False,
+        logits: bool = True,
+        steer: Steer | None = None,
     ) -> Packed:
         """All rows of all segments in one sequence. Segments have equally many rows of equal length;
-        `edit` sees z [segments * rows, tokens, heads, head_dim], never the contexts'.
+        `edit` sees z [segments * rows, tokens, heads, head_dim], never the contexts'. A segment with `entry` is alone;
+        `edit` then sees the rows that are in.
         keep: return keys and values; logits: project to the vocabulary (else `logits` has no rows).
         """
+        ...
+
+    def project(self, layer: int, z: Float[Tensor, "... heads head_dim"]) -> Float[Tensor, "... heads d_model"]:
+        """What each head adds to the residual stream: W_O applied to its z alone, without the bias."""
         ...
 
     def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models import dense
 from models.huggingface import HuggingFace
-from models.interface import Edit, Encoded, KeyValues, Packed, Segment, UnsupportedModelError
+from models.interface import Edit, Encoded, KeyValues, Packed, Segment, Steer, UnsupportedModelError
 from models.packed import Layout
 
 # Prompts computed in one sequence are scored against each other only to be masked: longer ones are computed alone.
@@ -50,25 +50,32 @@ class TransformerLens(HuggingFace):
         if tokenizer is None and processor is None:
             tokenizer = bridge.tokenizer
         super().__init__(hf, tokenizer, processor, name, projections)
+        self.layering_refused = "TransformerLens runs its own blocks"
         self.bridge = bridge
         # Each by its first name: by an alias, TransformerLens may call a hook once for either name.
         self._hooks: list[str] = [output.hook_in.name for output in outputs]
         self.packing_refused = self.sharing_refused or dense.why_not_dense(self.config)
 
     def pack(
-        self, segments: Sequence[Segment], edit: Edit | None = None, keep: bool = False, logits: bool = True
+        self,
+        segments: Sequence[Segment],
+        edit: Edit | None = None,
+        keep: bool = False,
+        logits: bool = True,
+        steer: Steer | None = None,
     ) -> Packed:
         if self.packing_refused:
             raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {self.packing_refused}")
+        if any(segment.length is not None for segment in segments):
+            raise UnsupportedModelError(f"{self.name} packs rows by a dense mask, which takes no buffer filled in part")
         layout = Layout(segments, keep)
         n_segments, last = len(segments), layout.last_tokens(self.device)[: None if logits else 0]
         cache = dense.fill(layout)
-        with self._running():
+        where = (layout.first_row, n_segments * layout.n_rows, layout.n_tokens)
+        with self._running(), self._steered(steer, *where):
             out = self._call(
                 edit,
-                layout.first_row,
-                n_segments * layout.n_rows,
-                layout.n_tokens,
+                *where,
                 input_ids=layout.tokens(),
                 position_ids=layout.positions(self.device),
                 attention_mask=dense.masks(layout, self.config, self.dtype, self.device),
@@ -92,17 +99,16 @@ class TransformerLens(HuggingFace):
     @contextmanager
     def _edited(self, edit: Edit | None, first: int, batch: int, tokens: int) -> Iterator[None]:
         """Within: `edit` sees every layer's hook_z, from token `first` of the sequence on."""
-        n_heads = self.shape.n_heads
 
         def at(layer: int) -> Any:
-            def hook(z: Tensor, hook: Any) -> Tensor | None:
+            def hook(z: Tensor, hook: Any) -> Tensor:
                 # [batch, tokens, H, D], or the contexts and rows of a packed sequence [1, first + batch*tokens, H, D].
-                rows = z[:, first:].reshape(batch, tokens, n_heads, -1)
+                whole = z.clone(memory_format=torch.contiguous_format)  # hooks of the caller may hold on to z
+                rows = whole[:, first:].view(batch, tokens, -1, self.shape.head_dim)
                 edited = edit(layer, rows)  # type: ignore[misc]
-                if edited is rows:
-                    return None
-                edited = edited.reshape(z[:, first:].shape)
-                return torch.cat([z[:, :first], edited], dim=1) if first else edited
+                if edited is not rows:
+                    rows.copy_(edited)
+                return whole
 
             return hook
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 
 def onednn_layers(modules: Sequence[nn.Module]) -> list[nn.Linear]:
-    """The plain linear layers, if this torch has the operation."""
+    """The plain linear layers with plain weights (sharded ones are DTensors), if this torch has the operation."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return []
-    return [m for m in modules if type(m) is nn.Linear]
+    return [m for m in modules if type(m) is nn.Linear and type(m.weight) is nn.Parameter]
 
 
 @contextmanager

@@ -63,6 +63,7 @@ class NNsightBackend(HuggingFace):
         processor = processor or getattr(model, "processor", None)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         super().__init__(model._module, tokenizer, processor, name, projections)
+        self.layering_refused = "nnsight runs the blocks inside a trace"
         self.model = model
         envoys = {id(envoy._module): envoy for envoy in model.modules()}
         self._envoys = [envoys[id(projection)] for projection in self.projections]

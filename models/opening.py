@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import nn
 
-from models import lens, nnsight_backend, zoo
+from models import lens, nnsight_backend, sharding, zoo
 from models.encoders import Encoder
 from models.huggingface import HuggingFace
-from models.interface import Model
+from models.interface import Model, UnsupportedModelError
 
 Backend: TypeAlias = Literal["huggingface", "transformer_lens", "nnsight"]
 
@@ -24,6 +24,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     device_map: Any = None,
+    tp_plan: str | dict[str, str] | None = None,
 ) -> Model:
     """Open a model, ready to be patched.
 
@@ -31,22 +32,36 @@ def load(
     backend:    who runs it: "huggingface" (default), "transformer_lens" or "nnsight".
     dtype:      of the weights; default float32.
     device:     where they go; default "cpu".
-    device_map: passed on to transformers instead of a device: "auto", or a dict of modules (needs accelerate).
+    device_map: passed on to transformers instead of a device: "auto", or a dict of modules (needs accelerate). Layers
+                go to several devices, to the CPU's memory or the disk, and run one after the other.
+    tp_plan:    tensor parallelism of transformers, instead of a device: "auto" for the model's own plan, or a dict of
+                one. Each process that `torchrun` started holds a part of every layer; all make the same calls, and get
+                the same results. Backend "huggingface" only.
 
     Raises FileNotFoundError if there is no such model, or it cannot be fetched; UnsupportedModelError if its layout
-    is unknown; ImportError naming the extra to install for a backend that is not there.
+    is unknown, or its heads cannot be shared out evenly over the processes; ValueError for options that exclude each
+    other, or tp_plan in a process that was started alone; ImportError naming the extra to install for a backend that
+    is not there.
 
     >>> models.load("smollm2-135m").shape.n_layers
     30
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
+    if tp_plan is not None and (device_map is not None or backend != "huggingface"):
+        raise ValueError(
+            "tp_plan puts a part of every layer on each process's own device and runs them by backend 'huggingface': "
+            f"got device_map={device_map!r}, backend={backend!r}"
+        )
+    spread = sharding.options(device_map, tp_plan)
     processor = None
     if str(name) == zoo.SMOLLM2:
         hf, tokenizer = zoo.smollm2(dtype)
+        if spread:  # from the files that were just read
+            hf, tokenizer, processor = _from_folder_or_hub(hf.config._name_or_path, dtype, spread)
     else:
-        hf, tokenizer, processor = _from_folder_or_hub(name, dtype, device_map)
-    if device_map is None:
+        hf, tokenizer, processor = _from_folder_or_hub(name, dtype, spread)
+    if device_map is None and not sharding.is_parallel(hf):
         hf = hf.to(device)
     if backend == "huggingface":
         return wrap(hf, tokenizer, processor=processor, name=str(name))
@@ -78,9 +93,9 @@ def wrap(
     True
     """
     if lens.is_bridge(model):
-        return lens.TransformerLens(model, tokenizer, processor, name)
+        return _whole(lens.TransformerLens(model, tokenizer, processor, name))
     if nnsight_backend.is_nnsight(model):
-        return nnsight_backend.NNsightBackend(model, tokenizer, processor, name, projections)
+        return _whole(nnsight_backend.NNsightBackend(model, tokenizer, processor, name, projections))
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     generates = getattr(model, "can_generate", lambda: False)()
@@ -88,20 +103,33 @@ def wrap(
     return kind(model, tokenizer, processor, name, projections)
 
 
-def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, device_map: Any) -> tuple[Any, Any, Any]:
+def _whole(model: HuggingFace) -> Model:
+    """A model of a backend that knows nothing of heads on other processes."""
+    if sharding.is_parallel(model.hf):
+        raise UnsupportedModelError(
+            f"{model.name} is under tensor parallelism, which {type(model).__name__} does not follow: "
+            "wrap the transformers model itself"
+        )
+    return model
+
+
+def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, spread: dict[str, Any]) -> tuple[Any, Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
     try:
         if type(AutoConfig.from_pretrained(name)) in AutoModelForImageTextToText._model_mapping:
-            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, device_map=device_map)
+            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **spread)
             return hf, None, AutoProcessor.from_pretrained(name)
         return (
-            AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device_map),
+            AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread),
             AutoTokenizer.from_pretrained(name),
             None,
         )
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if spread and isinstance(error, ValueError):
+            raise ValueError(f"the model {str(name)!r} cannot be spread over devices as asked for: {reason}") from error
         raise FileNotFoundError(
             f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, a folder with a transformers model, "
-            f"or the id of one on a hub that can be reached ({str(error).splitlines()[0]})"
+            f"or the id of one on a hub that can be reached ({reason})"
         ) from error

@@ -32,13 +32,16 @@ NAME = "headpatch_packed"
 class Layout:
     """Where each token of a packed sequence lies, and the keys and values kept on the way."""
 
-    def __init__(self, segments: Sequence[Segment], keep: bool):
+    def __init__(self, segments: Sequence[Segment], keep: bool, last_layer: int | None = None):
         self.segments = segments
         self.keep = keep
+        self.last_layer = last_layer  # after it, nothing reads the contexts
         self.n_rows, self.n_tokens = segments[0].rows.shape
         self.first_row = sum(segment.n_computed for segment in segments)
+        self.entry = segments[0].entry
         self.contexts = [s.context if isinstance(s.context, KeyValues) else KeyValues() for s in segments]
         self.rows = [KeyValues() for _ in segments]
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def tokens(self) -> Int[Tensor, "1 sequence"]:
         contexts = [s.context for s in self.segments if isinstance(s.context, Tensor)]
@@ -48,13 +51,41 @@ class Layout:
         """Rows continue their context: all rows of a segment stand at the same positions."""
         contexts = [torch.arange(s.n_computed, device=device) for s in self.segments]
         starts = [s.position for s in self.segments]
-        rows = [torch.arange(i, i + self.n_tokens, device=device).repeat(self.n_rows) for i in starts]
+        rows = [(start + torch.arange(self.n_tokens, device=device)).repeat(self.n_rows) for start in starts]
         return torch.cat([*contexts, *rows])[None]
 
     def last_tokens(self, device: torch.device) -> Int[Tensor, " rows"]:
         """Index in the sequence of the last token of every row."""
         count = len(self.segments) * self.n_rows
         return self.first_row + self.n_tokens * torch.arange(1, count + 1, device=device) - 1
+
+    def mask(self, index: int, window: int | None, device: torch.device) -> Bool[Tensor, "tokens keys"] | None:
+        """Which of the keys [context | own] each token of a row of this segment sees; None: all of them."""
+        if (index, window) not in self._masks:
+            segment = self.segments[index]
+            n_seen = segment.n_past + self.n_tokens
+            short = window is None or segment.n_context + n_seen <= window
+            if self.n_tokens == 1 and segment.length is None and short:
+                self._masks[index, window] = None
+            else:
+                self._masks[index, window] = rows_mask(segment, n_seen, self.n_tokens, window, device)
+        return self._masks[index, window]
+
+
+def rows_mask(
+    segment: Segment, n_seen: int, n_tokens: int, window: int | None, device: torch.device
+) -> Bool[Tensor, "tokens keys"]:
+    """A row's tokens, the last of the `n_seen` that are its own, see the context and themselves, never ahead, and no
+    further back than the window.
+    """
+    length = segment.n_context if segment.length is None else segment.length
+    context = torch.arange(segment.n_context, device=device)
+    own = length + torch.arange(n_seen, device=device)
+    back = own[n_seen - n_tokens :, None] - torch.cat([context, own])  # [K, S + n_seen]
+    seen = back >= 0 if window is None else (back >= 0) & (back < window)
+    if segment.length is not None:
+        seen[:, : segment.n_context] &= context < length
+    return seen
 
 
 _layout: ContextVar[Layout] = ContextVar("headpatch_layout")
@@ -76,6 +107,52 @@ def packed_attention(config: Any, layout: Layout) -> Iterator[None]:
         _layout.reset(token)
 
 
+@contextmanager
+def entering(blocks: Sequence[nn.Module], layout: Layout) -> Iterator[None]:
+    """Within: rows of a segment with `entry` stay out of the blocks before theirs; `layout.n_rows` counts those in.
+
+    The embedding and what follows the last block see all of them. What else a block is given token by token (positions,
+    rotary tables) is cut to the rows that are in.
+    """
+    whole = layout.first_row + layout.n_rows * layout.n_tokens
+    first = slice(layout.first_row, layout.first_row + layout.n_tokens)
+
+    def cut(x: Any, length: int) -> Any:
+        if isinstance(x, tuple):
+            return tuple(cut(part, length) for part in x)
+        if not isinstance(x, Tensor) or 1 not in x.shape[:-1]:
+            return x
+        dim = x.shape.index(1) + 1  # [.., 1, tokens, ..]: tokens follow the batch
+        return x.narrow(dim, 0, length) if x.shape[dim] == whole else x
+
+    def enter(n_rows: int) -> Any:
+        length = layout.first_row + n_rows * layout.n_tokens
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+            layout.n_rows = n_rows
+            hidden = args[0] if args else kwargs["hidden_states"]  # [1, tokens, d_model]
+            new = (length - hidden.shape[1]) // layout.n_tokens
+            if new > 0:
+                hidden = torch.cat([hidden, hidden[:, first].repeat(1, new, 1)], dim=1)
+            hidden = hidden[:, :length]
+            others = {key: cut(x, length) for key, x in kwargs.items() if key != "hidden_states"}
+            if not args:
+                return (), {"hidden_states": hidden, **others}
+            return (hidden, *(cut(x, length) for x in args[1:])), others
+
+        return hook
+
+    handles = []
+    try:
+        for layer, block in enumerate(blocks if layout.entry else ()):
+            n_in = sum(entry <= layer for entry in layout.entry)
+            handles.append(block.register_forward_pre_hook(enter(n_in), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a layer scores: query i sees keys j <= i and i - j < window; scores are scaled, then capped."""
@@ -85,7 +162,9 @@ class Rule:
     softcap: float | None
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        scores = (q * self.scale) @ k.mT
+        return self.capped((q * self.scale) @ k.mT)
+
+    def capped(self, scores: Tensor) -> Tensor:
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def sees(self, n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
@@ -118,7 +197,9 @@ def attend(
             start = here.stop
             k, v = key[0, :, here], value[0, :, here]
             if segment.n_computed:
-                contexts.append(_causal(query[:, :, here], k[None], v[None], rule).transpose(1, 2))
+                q = query[:, :, here]
+                z = torch.zeros_like(q) if layer == layout.last_layer else _causal(q, k[None], v[None], rule)
+                contexts.append(z.transpose(1, 2))
             if layout.keep:
                 # Copies: a slice of the packed sequence would keep all of it, the rows too, in memory.
                 layout.contexts[index].keys.append(k.clone())
@@ -139,7 +220,7 @@ def attend(
             layout.rows[index].keys.append(own_k)
             layout.rows[index].values.append(own_v)
         if segment.n_context or segment.past is not None:
-            z = _rows(q, k, v, own_k, own_v, rule)
+            z = _rows(q, k, v, own_k, own_v, rule, layout.mask(index, rule.window, q.device))
         else:
             z = _causal(q, own_k, own_v, rule)
         rows.append(z.transpose(1, 2).flatten(0, 1)[None])  # [1, R*K, H, D]
@@ -171,30 +252,26 @@ def _rows(
     own_k: Float[Tensor, "rows kv_heads seen head_dim"],
     own_v: Float[Tensor, "rows kv_heads seen head_dim"],
     rule: Rule,
+    mask: Bool[Tensor, "tokens keys"] | None,
 ) -> Float[Tensor, "rows heads tokens head_dim"]:
     """softmax([q k^T | q own_k^T]) [v | own_v]: the context is one matrix for all rows and is never copied.
 
     Query heads that share a key/value head are folded into its rows: [Hkv, R*G*K, D] @ [Hkv, D, S].
     """
-    n_tokens, n_seen = q.shape[2], own_k.shape[2]
-    if rule.window is not None:  # what the first of the tokens no longer sees, none does
-        out_of_sight = max(0, k.shape[1] + n_seen - n_tokens + 1 - rule.window)
-        k, v = k[:, out_of_sight:], v[:, out_of_sight:]
-    n_context = k.shape[1]
-    sizes = {"kv": k.shape[0], "k": n_tokens}
-    q = rearrange(q, "r (kv g) k d -> r kv (g k) d", **sizes)
-    seen = rule.scores(rearrange(q, "r kv gk d -> kv (r gk) d"), k)  # [Hkv, R*G*K, S]
-    own = rule.scores(q, own_k)  # [R, Hkv, G*K, n_seen]
-    scores = torch.cat([seen, rearrange(own, "r kv gk s -> kv (r gk) s")], dim=-1)
-    # Token i of a row sees its own tokens up to i, and no further back than the window.
-    if n_tokens > 1 or (rule.window is not None and n_seen > rule.window):
-        hidden = ~rule.sees(n_tokens, n_context + n_seen, q.device)
-        scores = scores.masked_fill(hidden.repeat(scores.shape[1] // n_tokens, 1), float("-inf"))
+    n_context, n_tokens = k.shape[1], q.shape[2]
+    alone = own_k.shape[2] == 1  # one token a row, the common case: products of single vectors are sums
+    q = rearrange(q, "r (kv g) k d -> kv r (g k) d", kv=len(k))
+    own_k, own_v = own_k.transpose(0, 1), own_v.transpose(0, 1)  # [Hkv, R, n_seen, D]
+    seen = rule.scores(q.flatten(1, 2), k)  # [Hkv, R*G*K, S]
+    own = rule.capped((q * own_k).sum(dim=-1, keepdim=True) * rule.scale) if alone else rule.scores(q, own_k)
+    scores = torch.cat([seen, own.flatten(1, 2)], dim=-1)
+    if mask is not None:
+        scores = scores.unflatten(1, (-1, n_tokens)).masked_fill(~mask, float("-inf")).flatten(1, 2)
     weights = _softmax(scores, v.dtype)
-    by_context, by_own = weights[..., :n_context], weights[..., n_context:]
-    z = rearrange(by_context @ v, "kv (r gk) d -> r kv gk d", r=len(q))
-    z = z + rearrange(by_own, "kv (r gk) s -> r kv gk s", r=len(q)) @ own_v
-    return rearrange(z, "r kv (g k) d -> r (kv g) k d", **sizes)
+    by_context = torch.bmm(weights[..., :n_context], v).view(q.shape)  # [Hkv, R, G*K, D]
+    by_own = weights[..., n_context:].unflatten(1, q.shape[1:3])
+    z = by_context + (by_own * own_v if alone else by_own @ own_v)
+    return rearrange(z, "kv r (g k) d -> r (kv g) k d", k=n_tokens)
 
 
 def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:

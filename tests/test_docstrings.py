@@ -19,6 +19,12 @@ def public():
     """Name and object of everything that users are told of: functions, classes and their methods."""
     places = {
         "engine": (engine, engine.__all__),
+        "engine.distributed": (engine.distributed, ["World", "joined"]),
+        "engine.fv": (engine.fv, ["FunctionVector", "extract", "compose", "hits_by_layer"]),
+        "engine.groups": (engine.groups, ["layers", "pairs", "cumulative"]),
+        "engine.metrics": (engine.metrics, ["read_metric", "check_scores"]),
+        "engine.sav": (engine.sav, ["SparseAttentionVectors"]),
+        "engine.vtv": (engine.vtv, ["extract"]),
         "engine.mtv": (engine.mtv, ["extract", "Preset", "Step"]),
         "engine.naive": (engine.naive, ["patch"]),
         "engine.planning": (engine.planning, ["make_plan"]),

@@ -7,7 +7,11 @@
         theta <- Adam(theta, grad of sum_k log p(lambda_k) A_k)
     heads = one draw from p, or the best of several
 
-The 32 rollouts of a step are rows of one forward; prompts come back, so their prefixes are kept.
+The 32 rollouts of a step are rows of one forward; prompts come back, so their prefixes are kept. Ranks share out the
+rows: each draws all masks, runs its own, is told the losses of the others, and makes the same update.
+
+The last line of a step can be had by other estimates of the gradient (`engine.methods.estimators`), two of which run
+gates in [0, 1] through the model and back instead of rollouts; then ranks share out the step's prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -24,12 +30,17 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy
 
 from engine.artifacts import TaskVector, load_tensors, save_tensors
+from engine.distributed import ALONE, LostRankError, World, digest
+from engine.distributed import identity as model_identity
 from engine.intervention import read_values
+from engine.methods.estimators import BY_GATES, ESTIMATORS, Estimator, gate_gradients, leave_one_out
 from engine.prefix import Prefix, PrefixPool
 from engine.progress import track
-from engine.tasks.scoring import Example, first_token, first_token_losses
+from engine.rowstep import RowStep
+from engine.tasks.scoring import AT_ONCE, Example, first_token, first_token_losses
 from models import Model
 from models.shapes import Bool, Float
 
@@ -62,13 +73,14 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Step:
-    """What a progress line shows of one step."""
+    """What a progress line shows of one step: its mean loss in nats, the expected number of heads after it."""
 
     step: int
     steps: int
     loss: float
     heads: float
     rollouts_per_second: float
+    probabilities: Float[Tensor, "layers heads"]
 
 
 def extract(
@@ -78,28 +90,46 @@ def extract(
     *,
     preset: str = "reference",
     steps: int | None = None,
-    rollouts: int = 32,
+    estimator: Estimator = "reinforce",
+    rollouts: int | None = None,
+    prompts_per_step: int = 1,
     lr: float = 0.1,
     seed: int = 0,
     validation: Sequence[Example] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
+    at_once: int | None = None,
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
+    world: World = ALONE,
 ) -> TaskVector:
-    """Search by REINFORCE for the heads that, replaced by their means, make the model do a task without examples.
+    """Search for the heads that, replaced by their means, make the model do a task without examples.
 
     examples:   (prompt, answer) pairs, formatted as the task will be asked: zero-shot, as a rule.
     means:      from `mean_activations` over many-shot prompts of the task.
     preset:     "reference" (the authors' code, default) or "paper"; see `PRESETS` for what they change.
-    steps:      default the preset's (600 or 100). rollouts: head masks a step. lr: of Adam.
+    steps:      default the preset's (600 or 100). lr: of Adam.
+    estimator:  of the gradient. "reinforce" (the method's own, default) and "leave_one_out" (another baseline) need
+                losses only. "straight_through" and "relaxed" take one backward pass through the patch: fewer tokens,
+                best with several prompts a step; relaxed misses heads that are no better by halves. The heads are drawn
+                and chosen alike after all of them.
+    rollouts:   head masks a step, each run on every prompt of it (default 32); straight_through: masks a prompt
+                (default 1); relaxed draws none (1).
+    prompts_per_step: examples whose mean loss a step lowers; default 1.
     validation: examples that choose among the candidates; default 50 of `examples` (as the reference code does).
     checkpoint: a file. Written every `checkpoint_every` steps; if it is there, the search goes on from it and ends with
                 the same theta, bit by bit, as one that was never interrupted (same machine and number of threads).
-    on_step:    called after every step, in place of the progress bar.
+    at_once:    rollouts (by gates: prompts) that run together; default as in the checkpoint, or else all, shared
+                evenly by the ranks. The last bits of theta may depend on it, but not on the number of ranks.
+    on_step:    called after every step, in place of the progress bar; on every rank.
+    world:      the ranks (`engine.distributed.joined`) that share out the rollouts (by gates: the prompts of a step);
+                default this process alone. All are given the same and get the same vector. Rank 0 writes and reads the
+                checkpoint.
 
-    Raises ValueError for an unknown preset, wrong means, no examples, an answer that is not text, a checkpoint of
-    another search, or losses that are not finite. OSError if the checkpoint cannot be written, before the search.
+    Raises ValueError for an unknown preset or estimator, wrong means, no examples, an answer that is not text, a
+    checkpoint of another search, losses that are not finite, fewer rollouts (or prompts) than ranks, or ranks that were
+    given different things. OSError if the checkpoint cannot be written. LostRankError if a rank is lost.
+    UnsupportedModelError where gates are asked of a model that records no gradients.
 
     Source: Algorithm 1 of the paper, and its public code.
 
@@ -107,7 +137,10 @@ def extract(
     >>> vector.mask.shape == (model.shape.n_layers, model.shape.n_heads)
     True
     """
-    chosen, steps = read_options(preset, steps, rollouts, lr)
+    chosen, steps, rollouts = read_options(
+        preset, steps, rollouts, lr, at_once, world, estimator=estimator, prompts_per_step=prompts_per_step
+    )
+    by_gates = estimator in BY_GATES
     if checkpoint_every < 1:
         raise ValueError(f"expected checkpoint_every >= 1, got checkpoint_every={checkpoint_every}")
     if not examples:
@@ -118,35 +151,67 @@ def extract(
         raise ValueError(f"means must have shape {[*shape, model.shape.head_dim]}, got {list(means.shape)}")
     targets = [first_token(model, example) for example in examples]
     pool = PrefixPool(model, [example.prompt for example in examples])
-    for example in validation or ():  # what is wrong with them is said now, not after the search
-        first_token(model, example)
-        model.read(example.prompt)
+    # What is wrong with the validation examples is said now, not after the search.
+    unseen = [[first_token(model, one), *model.encode(one.prompt).tolist()] for one in validation or ()]
 
-    settings = dict(preset=preset, rollouts=rollouts, lr=lr, seed=seed)
-    search = Search(chosen, shape, lr, seed)
+    settings: dict[str, Any] = dict(
+        preset=preset, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step, lr=lr, seed=seed
+    )
+    search = Search(chosen, shape, lr, seed, estimator)
     identity = _identity(model, means, pool.prompts, targets, settings)
-    if checkpoint is not None:
-        search.resume(checkpoint, identity)
+    if world.size > 1:
+        rest = dict(checkpoint=checkpoint is not None, checkpoint_every=checkpoint_every, at_once=at_once, steps=steps)
+        world.same(identity | rest | model_identity(model) | dict(means=digest(means), validation=digest(unseen)))
+    saved: tuple[dict[str, Tensor], int] | None = None
+    if checkpoint is not None and (saved := world.from_first(lambda: _read_checkpoint(checkpoint, identity))):
+        search.load(saved[0])
         if search.step > steps:
             raise ValueError(f"checkpoint {checkpoint} is of {search.step} steps, more than the {steps} asked for")
+    what, shared = _shared(estimator, rollouts, prompts_per_step)
+    even = -(-shared // world.size)
+    at_once = at_once or (saved[1] if saved else even)
+    if at_once > even:
+        raise ValueError(
+            f"checkpoint {checkpoint} was made with {at_once} {what}s at once, which leaves nothing to some of "
+            f"{world.size} ranks: give at_once={even}, for the same search up to rounding, or start fewer ranks"
+        )
 
-    for step in track(range(search.step, steps), f"MTV-EXTRACT ({rollouts} rollouts a step)", progress and not on_step):
-        started = time.perf_counter()
-        index = search.draw_example(len(examples))
-        masks = search.draw(rollouts)
-        losses = first_token_losses(model, [pool[index]], [targets[index]], heads=masks, values=means)[0]
-        if not losses.isfinite().all():
-            raise ValueError(f"step {step}: the loss of example {index} ({examples[index].prompt!r:.60}) is not finite")
-        search.update(masks, losses)
-        if checkpoint is not None and (search.step % checkpoint_every == 0 or search.step == steps):
-            search.save(checkpoint, identity)
-        if on_step:
-            rate = rollouts / (time.perf_counter() - started)
-            on_step(Step(search.step, steps, search.losses[-1], search.probabilities().sum().item(), rate))
-
-    mask, validation_loss = _choose(model, search, means, examples, targets, pool, validation)
+    replay = None if by_gates else _replay(model, pool, at_once)
+    kept, each = search.step, rollouts * prompts_per_step
+    try:
+        shown = progress and not on_step and world.rank == 0
+        for step in track(range(search.step, steps), f"MTV-EXTRACT ({each} rollouts a step)", shown):
+            started = time.perf_counter()
+            drawn = search.draw_examples(len(examples), prompts_per_step)
+            asked = [targets[index] for index in drawn]
+            if by_gates:
+                gates = search.draw_gates(prompts_per_step, rollouts)
+                losses, gradient = _run_gates(model, pool, drawn, asked, gates, means, at_once, world)
+            else:
+                masks = search.draw(rollouts)
+                losses = _run(model, [pool[index] for index in drawn], asked, masks, means, at_once, world, replay)
+            for index, finite in zip(drawn, losses.isfinite().all(dim=1).tolist(), strict=True):
+                if not finite:
+                    raise ValueError(
+                        f"step {step}: the loss of example {index} ({examples[index].prompt!r:.60}) is not finite"
+                    )
+            if by_gates:
+                search.follow(gradient, losses)
+            else:
+                search.update(masks, losses.mean(dim=0))
+            if checkpoint is not None and (search.step % checkpoint_every == 0 or search.step == steps):
+                world.from_first(lambda: search.save(checkpoint, identity | {"at_once": at_once}))
+                kept = search.step
+            if on_step:
+                rate, p = each / (time.perf_counter() - started), search.probabilities()
+                on_step(Step(search.step, steps, search.losses[-1], p.sum().item(), rate, p))
+        mask, validation_loss = _choose(model, search, means, examples, targets, pool, validation, world)
+    except LostRankError as error:
+        where = f"{kept} are in {checkpoint}: the same call goes on from there" if kept else "none are in a checkpoint"
+        raise LostRankError(f"{error}; of {search.step} steps made {where}") from error
     metadata = dict(
         settings,
+        at_once=at_once,
         method="mtv",
         model=model.name,
         shape=asdict(model.shape),
@@ -158,22 +223,132 @@ def extract(
     return TaskVector(mask, means.detach().float().cpu(), search.probabilities(), metadata)
 
 
-def read_options(preset: str, steps: int | None, rollouts: int, lr: float = 0.1) -> tuple[Preset, int]:
-    """The preset of that name, and the number of steps to make. Raises ValueError for what cannot be run."""
+def read_options(
+    preset: str,
+    steps: int | None,
+    rollouts: int | None = None,
+    lr: float = 0.1,
+    at_once: int | None = None,
+    world: World = ALONE,
+    *,
+    estimator: str = "reinforce",
+    prompts_per_step: int = 1,
+) -> tuple[Preset, int, int]:
+    """The preset of that name, the number of steps and of rollouts. Raises ValueError for what cannot be run."""
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {list(ESTIMATORS)}, got {estimator!r}")
+    by_gates = estimator in BY_GATES
     chosen = PRESETS[preset]
     steps = chosen.steps if steps is None else steps
-    if steps < 1 or rollouts < 2 or not lr > 0:
-        raise ValueError(f"expected steps >= 1, rollouts >= 2, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr}")
-    return chosen, steps
+    rollouts = (1 if by_gates else 32) if rollouts is None else rollouts
+    least = 1 if by_gates else 2
+    if steps < 1 or rollouts < least or not lr > 0:
+        raise ValueError(
+            f"expected steps >= 1, rollouts >= {least}, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr}"
+        )
+    if estimator == "relaxed" and rollouts > 1:
+        raise ValueError(f"estimator 'relaxed' draws no masks, all rollouts would be one: got rollouts={rollouts}")
+    if prompts_per_step < 1:
+        raise ValueError(f"expected prompts_per_step >= 1, got prompts_per_step={prompts_per_step}")
+    what, shared = _shared(estimator, rollouts, prompts_per_step)
+    if shared < world.size:
+        name = "prompts_per_step" if by_gates else "rollouts"
+        raise ValueError(f"expected at least one {what} for each of {world.size} ranks, got {name}={shared}")
+    if at_once is not None and not 1 <= at_once <= -(-shared // world.size):
+        raise ValueError(
+            f"expected at_once from 1 to {-(-shared // world.size)}, {shared} {what}s shared by {world.size} "
+            f"rank(s), got at_once={at_once}"
+        )
+    return chosen, steps, rollouts
+
+
+def _shared(estimator: str, rollouts: int, prompts_per_step: int) -> tuple[str, int]:
+    """What ranks share out, and how many of it a step has."""
+    return ("prompt", prompts_per_step) if estimator in BY_GATES else ("rollout", rollouts)
+
+
+def _replay(model: Model, pool: PrefixPool, at_once: int) -> RowStep | None:
+    """The step as a CUDA graph, where the model is on a GPU and its rows pack."""
+    if model.device.type != "cuda" or model.packing_refused:
+        return None
+    lengths = [len(prompt.tokens) - 1 for prompt in pool.prompts]
+    return RowStep(model, rows=max(2, at_once), context=max(lengths)) if min(lengths) > 0 else None
+
+
+def _run(
+    model: Model,
+    prompts: Sequence[Prefix],
+    targets: Sequence[int],
+    masks: Bool[Tensor, "rollouts layers heads"],
+    means: Float[Tensor, "layers heads head_dim"],
+    at_once: int,
+    world: World,
+    replay: RowStep | None,
+) -> Float[Tensor, "prompts rollouts"]:
+    """Losses of all rollouts: this rank's are run, those of the others received."""
+    losses = torch.zeros(0, len(prompts))
+    for rows in masks[world.share(len(masks), at_once)].split(at_once):
+        # A row by itself would be multiplied by other kernels, which round in another order: it is run twice.
+        beside = rows.expand(2, -1, -1) if len(rows) == 1 else rows
+        if len(rows):
+            if replay is not None and len(beside) == replay.rows:
+                found = torch.stack([
+                    _losses(replay(prompt, heads=beside, values=means), target)
+                    for prompt, target in zip(prompts, targets, strict=True)
+                ])  # fmt: skip
+            else:
+                found = first_token_losses(model, prompts, targets, heads=beside, values=means)
+            losses = torch.cat([losses, found[:, : len(rows)].T.cpu()])
+    return _told(world, losses, masks, at_once).T
+
+
+def _losses(logits: Float[Tensor, "rows vocab"], target: int) -> Float[Tensor, " rows"]:
+    wanted = torch.full((len(logits),), target, device=logits.device)
+    return cross_entropy(logits.float(), wanted, reduction="none")
+
+
+def _run_gates(
+    model: Model,
+    pool: PrefixPool,
+    drawn: Sequence[int],
+    targets: Sequence[int],
+    gates: Float[Tensor, "prompts rollouts layers heads"],
+    means: Float[Tensor, "layers heads head_dim"],
+    at_once: int,
+    world: World,
+) -> tuple[Float[Tensor, "prompts rollouts"], Float[Tensor, "layers heads"]]:
+    """Losses, and the gradient of their mean with respect to the gates: this rank's prompts are run."""
+    rollouts, shape = gates.shape[1], gates.shape[2:]
+    found = torch.zeros(0, rollouts + shape.numel())
+    mine = world.share(len(drawn), at_once)
+    for start in range(mine.start, mine.stop, at_once):
+        some = slice(start, min(start + at_once, mine.stop))
+        prompts = [pool[index] for index in drawn[some]]
+        losses, gradients = gate_gradients(model, prompts, targets[some], gates[some], means)
+        found = torch.cat([found, torch.cat([losses, gradients.mean(dim=1).flatten(1)], dim=1)])
+    said = _told(world, found, gates, at_once)
+    return said[:, :rollouts], said[:, rollouts:].mean(dim=0).view(shape)
+
+
+def _told(world: World, found: Float[Tensor, "share any"], drawn: Tensor, at_once: int) -> Float[Tensor, "n any"]:
+    """What all ranks found, a row each of what was `drawn`; they must have drawn the same."""
+    check = torch.full((len(found), 1), zlib.crc32(drawn.numpy().tobytes()), dtype=torch.float64)
+    said = world.gather(torch.cat([found.double(), check], dim=1), len(drawn), at_once)
+    if said[:, -1].unique().numel() > 1:
+        raise RuntimeError("the ranks drew different rollouts: their processors compute a different theta")
+    return said[:, :-1].float()
 
 
 class Search:
     """theta, and all that must be kept to go on with it: Adam's moments, the random state, the losses so far."""
 
-    def __init__(self, preset: Preset, shape: tuple[int, int], lr: float, seed: int):
+    def __init__(
+        self, preset: Preset, shape: tuple[int, int], lr: float, seed: int, estimator: Estimator = "reinforce"
+    ):
         self.preset = preset
+        self.estimator = estimator
         self.random = Generator().manual_seed(seed)
         theta = torch.randn(shape, generator=self.random) if preset.init is None else torch.full(shape, preset.init)
         self.theta = theta.requires_grad_()
@@ -191,23 +366,42 @@ class Search:
         return self._p().detach()
 
     def draw_example(self, n: int) -> int:
-        return self.step % n if self.preset.in_order else int(torch.randint(n, (), generator=self.random))
+        return self.draw_examples(n, 1)[0]
+
+    def draw_examples(self, n: int, count: int) -> list[int]:
+        if self.preset.in_order:
+            return [(self.step * count + i) % n for i in range(count)]
+        return torch.randint(n, (count,), generator=self.random).tolist()
 
     def draw(self, rollouts: int) -> Bool[Tensor, "rollouts layers heads"]:
         p = self.probabilities().expand(rollouts, -1, -1)
         return torch.bernoulli(p, generator=self.random).bool()
 
+    def draw_gates(self, prompts: int, rollouts: int) -> Float[Tensor, "prompts rollouts layers heads"]:
+        """Masks of each prompt's own; relaxed: the probabilities."""
+        p = self.probabilities().expand(prompts, rollouts, -1, -1)
+        return p.clone() if self.estimator == "relaxed" else torch.bernoulli(p, generator=self.random)
+
     def update(self, masks: Bool[Tensor, "rollouts layers heads"], losses: Float[Tensor, " rollouts"]) -> None:
-        """One REINFORCE step: heads of rollouts with a high loss become less likely."""
+        """One step by rollouts: heads of those with a high loss become less likely."""
         log_p = -torch.nn.functional.binary_cross_entropy(
             self._p().expand(masks.shape), masks.float(), reduction="none"
         ).sum(dim=(1, 2))
-        if self.preset.normalise:
+        if self.estimator == "leave_one_out":
+            policy_loss = (log_p * leave_one_out(losses)).mean()
+        elif self.preset.normalise:
             policy_loss = (log_p * (losses - losses.mean()) / (losses.std() + 1e-3)).sum()
         else:
             policy_loss = (log_p * losses).mean()
+        self._descend(policy_loss, losses)
+
+    def follow(self, gradient: Float[Tensor, "layers heads"], losses: Float[Tensor, "prompts rollouts"]) -> None:
+        """One step by gates: what the loss gains or loses with each is passed on to its probability."""
+        self._descend((self._p() * gradient).sum(), losses)
+
+    def _descend(self, objective: Tensor, losses: Tensor) -> None:
         self.adam.zero_grad()
-        policy_loss.backward()
+        objective.backward()
         self.adam.step()
         self.losses.append(losses.mean().item())
 
@@ -222,18 +416,8 @@ class Search:
         }
         save_tensors(path, tensors, identity)
 
-    def resume(self, path: str | Path, identity: dict[str, Any]) -> None:
-        """Go on from a checkpoint, if it is there; else see that it can be written."""
-        if not Path(path).exists():
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).touch()
-            Path(path).unlink()
-            return
-        tensors, saved = load_tensors(path, ("theta", "exp_avg", "exp_avg_sq", "random", "losses"))
-        differing = sorted(key for key in identity if saved.get(key) != identity[key])
-        if differing:
-            was, now = ({key: one.get(key) for key in differing} for one in (saved, identity))
-            raise ValueError(f"checkpoint {path} is of another search: it has {was}, expected {now}")
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from what was saved."""
         with torch.no_grad():
             self.theta.copy_(tensors["theta"])
         self.losses = tensors["losses"].tolist()
@@ -246,6 +430,22 @@ class Search:
         self.random.set_state(tensors["random"])
 
 
+def _read_checkpoint(path: str | Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
+    """The state of a search and its rollouts at once; None if no file is there yet, and then it can be written."""
+    if not Path(path).exists():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(path).parent):
+            return None
+    tensors, saved = load_tensors(path, ("theta", "exp_avg", "exp_avg_sq", "random", "losses"))
+    saved = {"estimator": "reinforce", "prompts_per_step": 1} | saved  # older files were of nothing else
+    differing = sorted(key for key in identity if saved.get(key) != identity[key])
+    if differing:
+        was, now = ({key: one.get(key) for key in differing} for one in (saved, identity))
+        raise ValueError(f"checkpoint {path} is of another search: it has {was}, expected {now}")
+    at_once: Any = saved.get("at_once", identity["rollouts"])
+    return tensors, at_once
+
+
 def _choose(
     model: Model,
     search: Search,
@@ -254,16 +454,25 @@ def _choose(
     targets: Sequence[int],
     pool: PrefixPool,
     validation: Sequence[Example] | None,
+    world: World,
 ) -> tuple[Bool[Tensor, "layers heads"], float]:
     """The candidate with the lowest mean loss on the validation examples, and that loss."""
     candidates = search.draw(search.preset.candidates)
+    if world.size > 1:
+        world.same({"candidates": digest(candidates)})
+    # Prompts that share forwards stay together: the bits do not depend on the number of ranks.
+    n = len(validation or examples[:50])
+    share = world.share(n, AT_ONCE)
     if validation:
-        prompts: Sequence[Any] = [example.prompt for example in validation]
-        targets = [first_token(model, example) for example in validation]
+        prompts: list[Any] = [example.prompt for example in validation[share]]
+        targets = [first_token(model, example) for example in validation[share]]
     else:
-        some = torch.randperm(len(examples), generator=search.random)[:50].tolist()
+        some = torch.randperm(len(examples), generator=search.random)[:50].tolist()[share]
         prompts, targets = [pool[i] for i in some], [targets[i] for i in some]
-    losses = first_token_losses(model, prompts, targets, heads=candidates, values=means).mean(dim=0)
+    losses = torch.zeros(0, len(candidates))
+    if prompts:
+        losses = first_token_losses(model, prompts, targets, heads=candidates, values=means)
+    losses = world.gather(losses, n, AT_ONCE).mean(dim=0)
     best = int(losses.argmin())
     return candidates[best], losses[best].item()
 

@@ -56,28 +56,39 @@ class Task:
     def example(self, query: Pair, shots: Sequence[Pair] = ()) -> Example:
         return Example(self.prompt(shots, query.input), f" {query.output}")
 
-    def few_shot(self, pairs: Sequence[Pair], shots: int, count: int, seed: int = 0) -> list[Example]:
-        """`count` prompts of `shots` demonstrations each; a query is never among its own demonstrations."""
+    def few_shot(
+        self, pairs: Sequence[Pair], shots: int, count: int, seed: int = 0, shuffled: bool = False
+    ) -> list[Example]:
+        """`count` prompts of `shots` demonstrations each; a query is never among its own demonstrations.
+
+        shuffled: the demonstrations' answers are permuted, so that they do not show the task.
+        """
         if len(pairs) <= shots:
             raise ValueError(
                 f"{shots} shots and a query need {shots + 1} pairs, task {self.name!r} has {len(pairs)} here"
             )
         draw = random.Random(seed)
         drawn = [draw.sample(list(pairs), shots + 1) for _ in range(count)]
-        return [self.example(query, demonstrations) for *demonstrations, query in drawn]
+        return [self.example(query, _shuffled(shots, draw) if shuffled else shots) for *shots, query in drawn]
 
     def queries(
-        self, pairs: Sequence[Pair], demonstrations: Sequence[Pair], shots: int, seed: int = 0
+        self, pairs: Sequence[Pair], demonstrations: Sequence[Pair], shots: int, seed: int = 0, shuffled: bool = False
     ) -> list[Example]:
-        """Each of `pairs` as a query after `shots` demonstrations drawn from others."""
+        """Each of `pairs` as a query after `shots` demonstrations drawn from others; shuffled as in `few_shot`."""
         draw = random.Random(seed)
         examples = []
         for query in pairs:
             others = [d for d in demonstrations if d != query]
             if len(others) < shots:
                 raise ValueError(f"{shots} shots need as many pairs, task {self.name!r} has {len(others)} here")
-            examples.append(self.example(query, draw.sample(others, shots)))
+            drawn = draw.sample(others, shots)
+            examples.append(self.example(query, _shuffled(drawn, draw) if shuffled else drawn))
         return examples
+
+
+def _shuffled(shots: Sequence[Pair], draw: random.Random) -> list[Pair]:
+    outputs = draw.sample([shot.output for shot in shots], len(shots))
+    return [Pair(shot.input, output) for shot, output in zip(shots, outputs, strict=True)]
 
 
 def load(name: str | Path) -> Task:

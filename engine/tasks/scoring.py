@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from engine.intervention import Heads
+from engine.intervention import Heads, Steering
 from engine.patching import patch
 from engine.prefix import Prefix
 from models import Model, Prompt, PromptLike
@@ -75,7 +75,12 @@ def first_token_losses(
 
 @torch.no_grad()
 def first_token_hits(
-    model: Model, examples: Sequence[Example], *, heads: Heads = None, values: Tensor | None = None
+    model: Model,
+    examples: Sequence[Example],
+    *,
+    heads: Heads = None,
+    values: Tensor | None = None,
+    steering: Steering | None = None,
 ) -> Bool[Tensor, "examples rows"]:
     """Whether the likeliest next token is the first token of the answer, for every example and row of heads.
 
@@ -85,7 +90,7 @@ def first_token_hits(
     hits = []
     for start in range(0, len(examples), AT_ONCE):
         some = examples[start : start + AT_ONCE]
-        logits = patch(model, [e.prompt for e in some], heads=heads, values=values)
+        logits = patch(model, [e.prompt for e in some], heads=heads, values=values, steering=steering)
         target = torch.tensor([first_token(model, e) for e in some], device=logits.device)
         hits.append(logits.argmax(dim=-1) == target[:, None])
     return torch.cat(hits).cpu()

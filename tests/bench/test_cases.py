@@ -1,16 +1,10 @@
-"""Benchmarks measure what they say: on a tiny model, every way agrees before it is timed."""
+"""The hooks loop and the summaries of samples."""
 
-import json
-
-import pytest
 import torch
-from typer.testing import CliRunner
 
 import engine
-from bench import rollouts
-from bench.__main__ import app
 from bench.hooks import patched_logits
-from bench.timing import ratio, summary
+from bench.timing import interleaved, ratio, summary
 
 
 def test_the_hooks_loop_agrees_with_naive(model, draw):
@@ -20,25 +14,19 @@ def test_the_hooks_loop_agrees_with_naive(model, draw):
     torch.testing.assert_close(got, engine.naive.patch(model, ids, heads=heads, values=values), atol=1e-5, rtol=0)
 
 
-def test_rollouts(model):
-    result = rollouts.measure(model, tokens=9, rows=4, rounds=2, naive_rows=2)
-    assert result["floor of fresh / one forward"] == 12 / 9
-    assert set(result["seconds"]) == {"hooks", "naive", "one stock forward", "one forward", "fresh", "reused"}
-    json.dumps(result)
-
-
-def test_a_wrong_way_is_not_timed(model, monkeypatch):
-    monkeypatch.setattr(rollouts, "patched_logits", lambda *_: torch.zeros(97))
-    with pytest.raises(RuntimeError, match="hooks"):
-        rollouts.measure(model, tokens=9, rows=4, rounds=1, naive_rows=2)
-
-
 def test_summaries():
     assert summary([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5}
     assert summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
     assert ratio([2.0, 8.0, 6.0], [1.0, 2.0, 2.0])["median"] == 3.0
 
 
-def test_help_lists_the_cases():
-    shown = CliRunner().invoke(app, ["--help"]).output
-    assert all(case in shown for case in ("rollouts", "search", "memory", "exactness"))
+def test_every_way_runs_in_every_round_between_waits():
+    calls = []
+    ways = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = interleaved(ways, rounds=3, warm_up=1, wait=lambda: calls.append("wait"), progress=False)
+    assert calls[:2] == ["a", "b"]
+    rounds = [calls[i : i + 6] for i in range(2, 20, 6)]
+    for one in rounds:
+        assert one[0::3] == one[2::3] == ["wait", "wait"]
+        assert sorted(one[1::3]) == ["a", "b"]
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 3, "b": 3}

@@ -53,6 +53,21 @@ def test_apply_and_info(folder):
     assert "smollm2-135m" in result.output
 
 
+@pytest.mark.filterwarnings("ignore:.*several tokens")
+def test_fv(folder, tmp_path):
+    options = dict(task=folder.parent / "mine.jsonl", k=3, shots=2, prompts=4, shuffled=1, out=tmp_path / "out")
+    result = run("fv", *(part for key, value in options.items() for part in (f"--{key}", value)))
+    assert result.exit_code == 0, result.output
+    assert "shuffled labels" in result.output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["zero-shot"]["by_layer"]) == 30
+    assert len(results["heads"]) == 3
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "vector.safetensors", "effects.safetensors", "heads.png", "layers.png", "results.json",
+    }  # fmt: skip
+    assert run("fv", "--task", folder.parent / "mine.jsonl", "--k", 999, "--out", tmp_path / "no").exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

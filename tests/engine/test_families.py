@@ -15,12 +15,12 @@ from engine import checking
 from models import tiny
 
 REFUSED = {  # families that do not go through the attention interface; that are not causal; that cross-attend
-    "gptj": {"packed"},
-    "falcon": {"packed"},
-    "falcon_alibi": {"packed"},
-    "bloom": {"packed"},
-    "paligemma": {"packed", "expanded"},
-    "mllama": {"packed", "expanded"},
+    "gptj": {"packed", "layered"},
+    "falcon": {"packed", "layered"},
+    "falcon_alibi": {"packed", "layered"},
+    "bloom": {"packed", "layered"},
+    "paligemma": {"packed", "expanded", "layered"},
+    "mllama": {"packed", "expanded", "layered"},
 }
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import engine
 import models
-from models import zoo
+from models import Encoded, Segment, zoo
 from models.huggingface import find_projections
 from tests.conftest import FAMILIES, PACKED
 
@@ -274,3 +274,24 @@ def test_encode_and_decode(model):
     text = "Q: hot\nA:"
     assert model.decode(model.encode(text)) == text
     assert model.encode(torch.tensor([1, 2], dtype=torch.uint8)).dtype == torch.long
+
+
+def test_after_the_last_attention_only_rows_are_computed(model):
+    """Tokens that each block's MLP computes: nothing reads what the last would give for the context."""
+    seen = []
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        for block in model.decoder.layers
+    ]
+    try:
+        model.pack([Segment(torch.arange(9), torch.arange(3)[:, None])])
+        assert seen == [12] * (model.shape.n_layers - 1) + [3]
+        seen.clear()
+        model.prefill([Encoded(torch.arange(9))], [9])
+        assert seen == [9] * (model.shape.n_layers - 1) + [1]
+        seen.clear()
+        model.forward(torch.arange(9)[None])
+        assert seen == [9] * model.shape.n_layers
+    finally:
+        for handle in handles:
+            handle.remove()

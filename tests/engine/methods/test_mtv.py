@@ -2,8 +2,12 @@
 
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +16,23 @@ from torch.nn.functional import cross_entropy
 import engine
 import models
 from engine import Example
-from engine.artifacts import load_tensors
+from engine.artifacts import load_tensors, save_tensors
+from engine.distributed import World
+from engine.methods.estimators import ESTIMATORS, gated
 from engine.methods.mtv import PRESETS, Search
 from models import zoo
 
 PRESET = pytest.mark.parametrize("preset", ["paper", "reference"])
+ESTIMATOR = pytest.mark.parametrize("estimator", ESTIMATORS)
+OTHERS = [e for e in ESTIMATORS if e != "reinforce"]
 EXAMPLES = [Example(f"Q: {'ab' * n}\nA:", f" {letter}") for n, letter in enumerate("cold", start=1)]
 
 
 def search(model, steps=20, **options):
     """A short search, the same at every call."""
     means = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
-    options = dict(rollouts=8, progress=False) | options
+    by_gates = options.get("estimator") in ("straight_through", "relaxed")
+    options = dict(rollouts=None if by_gates else 8, progress=False) | options
     return engine.mtv.extract(model, EXAMPLES, means, steps=steps, **options)
 
 
@@ -81,6 +90,120 @@ def test_finished_search_is_resumed_too(model, tmp_path, preset):
     assert not steps
     longer = search(model, preset=preset, steps=25, checkpoint=checkpoint)
     same(longer, search(model, preset=preset, steps=25))
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+@ESTIMATOR
+def test_any_estimator_is_resumed(model, tmp_path, estimator, prompts):
+    """Bit by bit; and another estimator, or another number of prompts, is another search."""
+    options = dict(estimator=estimator, prompts_per_step=prompts, steps=8)
+    whole = search(model, **options)
+    checkpoint = tmp_path / "search.safetensors"
+    search(model, **options | dict(steps=3), checkpoint=checkpoint)
+    same(search(model, **options, checkpoint=checkpoint), whole)
+    assert whole.metadata["estimator"] == estimator
+    assert whole.metadata["prompts_per_step"] == prompts
+    others = OTHERS if estimator == "reinforce" else ["reinforce"]
+    with pytest.raises(ValueError, match=r"is of another search: it has .*estimator"):
+        search(model, **options | dict(estimator=others[0]), checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"is of another search: it has .*prompts_per_step"):
+        search(model, **options | dict(prompts_per_step=4 - prompts), checkpoint=checkpoint)
+
+
+def test_checkpoints_without_an_estimator_are_of_reinforce(model, tmp_path):
+    checkpoint = tmp_path / "search.safetensors"
+    search(model, steps=3, checkpoint=checkpoint)
+    names = ("theta", "exp_avg", "exp_avg_sq", "random", "losses")
+    tensors, identity = load_tensors(checkpoint, names)
+    for key in ("estimator", "prompts_per_step"):
+        identity.pop(key)
+    save_tensors(checkpoint, tensors, identity)
+    same(search(model, steps=6, checkpoint=checkpoint), search(model, steps=6))
+
+
+@ESTIMATOR
+def test_losses_of_a_step_are_those_of_naive_patching(model, monkeypatch, estimator):
+    """Every rollout on every prompt of the step; by gates, each prompt has its own."""
+    drawn = []
+    for name in ("draw_examples", "draw", "draw_gates"):
+        plain = getattr(Search, name)
+
+        def record(self, *args, plain=plain):
+            drawn.append(plain(self, *args))
+            return drawn[-1]
+
+        monkeypatch.setattr(Search, name, record)
+    vector = search(model, steps=1, estimator=estimator, prompts_per_step=3)
+    indices, rows = drawn[:2]
+    means, losses = vector.values, []
+    for n, index in enumerate(indices):
+        prompt, target = EXAMPLES[index].prompt, engine.tasks.first_token(model, EXAMPLES[index])
+        if estimator == "relaxed":
+            ids = model.encode(prompt)[None]
+            logits = model.forward(ids, gated(model, rows[n], means)).detach()
+        else:
+            masks = rows[n].bool() if estimator == "straight_through" else rows
+            logits = engine.naive.patch(model, prompt, heads=masks, values=means)
+        losses.append(cross_entropy(logits, torch.full((len(logits),), target)).item())
+    assert vector.metadata["losses"] == [pytest.approx(sum(losses) / 3, abs=1e-5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(estimator="relaxed", rollouts=2), "all rollouts would be one: got rollouts=2"),
+        (dict(estimator="leave_one_out", rollouts=1), "rollouts >= 2"),
+        (dict(estimator="straight_through", rollouts=0), "rollouts >= 1"),
+        (dict(prompts_per_step=0), "prompts_per_step >= 1, got prompts_per_step=0"),
+        (dict(estimator="relaxed", prompts_per_step=2, at_once=3), "2 prompts shared by 1 rank"),
+        (
+            dict(estimator="relaxed", prompts_per_step=2, world=World(0, 3)),
+            "at least one prompt for each of 3 ranks, got prompts_per_step=2",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        search(model, **options)
+
+
+def test_an_unknown_estimator():
+    with pytest.raises(ValueError, match=r"estimator must be one of \['reinforce', .*got 'guess'"):
+        engine.mtv.read_options("paper", 1, estimator="guess")
+
+
+@dataclass(frozen=True)
+class Together(World):
+    """A rank that is a thread of this process: what is exchanged lies in a list."""
+
+    meeting: Any = None
+
+    def _exchange(self, mine):
+        barrier, parts = self.meeting
+        parts[self.rank] = mine
+        barrier.wait(30)
+        found = list(parts)
+        barrier.wait(30)
+        return found
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "straight_through", "relaxed"])
+def test_ranks_share_a_step(estimator):
+    """Two ranks, three prompts a step: bits of one process that runs the same at once; on both ranks."""
+    options = dict(estimator=estimator, prompts_per_step=3, steps=4)
+    meeting = (threading.Barrier(2), [None, None])
+
+    # A model each: threads must not share the hooks of one.
+    ranks = [models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="tiny-llama") for _ in range(2)]
+
+    def rank(n):
+        return search(ranks[n], **options, world=Together(n, 2, meeting=meeting))
+
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(rank, range(2)))
+    want = search(ranks[0], **options, at_once=4 if estimator == "leave_one_out" else 2)
+    for vector in found:
+        same(vector, want)
 
 
 def slow_search(checkpoint, out, seconds):
@@ -200,16 +323,32 @@ def planted():
     return model, head, [Example(prompt, answer)], means
 
 
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e != "relaxed"])
 @PRESET
-def test_finds_the_planted_head(planted, preset):
+def test_finds_the_planted_head(planted, preset, estimator):
     model, head, examples, means = planted
-    vector = engine.mtv.extract(model, examples, means, preset=preset, steps=60, progress=False)
+    vector = engine.mtv.extract(
+        model, examples, means, preset=preset, steps=60, estimator=estimator, prompts_per_step=2, progress=False
+    )
     start = Search(PRESETS[preset], (3, 6), 0.1, 0).probabilities()
     assert vector.probabilities[head] > start[head]
     assert vector.probabilities[head] > 0.9
     assert head in vector.heads
     losses = vector.metadata["losses"]
     assert sum(losses[-10:]) < sum(losses[:10])
+
+
+@PRESET
+def test_relaxed_lowers_the_loss_of_gates(planted, preset):
+    """Which need not be that of heads: the plant is no better by halves, and may be missed."""
+    model, _, examples, means = planted
+    options = dict(preset=preset, estimator="relaxed", progress=False)
+    losses = engine.mtv.extract(model, examples, means, steps=60, **options).metadata["losses"]
+    assert losses[-1] < losses[0]
+    gates = Search(PRESETS[preset], (3, 6), 0.1, 0).probabilities()
+    logits = model.forward(model.encode(examples[0].prompt)[None], gated(model, gates[None], means))
+    want = cross_entropy(logits, torch.tensor([examples[0].answer])).item()
+    assert losses[0] == pytest.approx(want, abs=1e-4)
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -250,6 +389,7 @@ def test_what_is_recorded(model):
     assert [(s.step, s.steps, s.loss) for s in seen] == [(i + 1, 4, x) for i, x in enumerate(vector.metadata["losses"])]
     assert seen[-1].heads == pytest.approx(vector.probabilities.sum().item())
     assert all(s.rollouts_per_second > 0 for s in seen)
+    assert torch.equal(seen[-1].probabilities, vector.probabilities)
     kept = {key: vector.metadata[key] for key in ("method", "model", "preset", "steps", "rollouts", "lr", "seed")}
     assert kept == dict(
         method="mtv", model="tiny-llama", preset="reference", steps=4, rollouts=8, lr=0.1, seed=9
@@ -267,5 +407,25 @@ def test_losses_that_are_not_finite():
         search(model)
 
 
-def test_works_where_rows_are_not_packed(tiny):
-    same(search(tiny("unpacked"), steps=3), search(tiny("unpacked"), steps=3))
+@ESTIMATOR
+def test_works_where_rows_are_not_packed(tiny, estimator):
+    options = dict(steps=3, estimator=estimator, prompts_per_step=2)
+    same(search(tiny("unpacked"), **options), search(tiny("unpacked"), **options))
+
+
+def test_a_replayed_step_searches_alike(model, monkeypatch):
+    """The pass that a GPU records, run over the same buffers: the same losses, for prompts of any length."""
+    means = engine.mean_activations(model, ["Q: hot\nA:", "Q: big\nA:"], progress=False)
+    examples = [Example("Q: hot\nA:", 5), Example("Q: a longer one\nA:", 7)]
+    options = dict(steps=6, rollouts=8, progress=False)
+    want = engine.mtv.extract(model, examples, means, **options)
+    used = []
+
+    def replay(model, pool, at_once):
+        used.append(engine.RowStep(model, rows=at_once, context=32))
+        return used[0]
+
+    monkeypatch.setattr(engine.mtv, "_replay", replay)
+    got = engine.mtv.extract(model, examples, means, **options)
+    assert used[0]._held is not None
+    assert got.metadata["losses"] == pytest.approx(want.metadata["losses"], abs=1e-4)

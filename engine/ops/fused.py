@@ -1,4 +1,4 @@
-"""The edit itself: heads of z replaced, or added to, row by row."""
+"""The edit by `torch.where`: any device, any dtype, differentiable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from models.shapes import Bool, Float
 
 def edit_heads(
     z: Float[Tensor, "rows tokens heads head_dim"],
-    mask: Bool[Tensor, "rows 1 heads 1"],
-    values: Float[Tensor, "shared_or_rows 1 heads head_dim"],
+    mask: Bool[Tensor, "rows heads"],
+    values: Float[Tensor, "shared_or_rows heads head_dim"],
     mode: Mode,
+    in_place: bool,
 ) -> Float[Tensor, "rows tokens heads head_dim"]:
     """z[r, t, h] = values[r, h] where mask[r, h] ("replace"), or z[r, t, h] + values[r, h] ("add")."""
-    return torch.where(mask, values if mode == "replace" else z + values, z)
+    mask, values = mask[:, None, :, None], values[:, None]
+    new = values if mode == "replace" else z + values
+    return torch.where(mask, new, z, out=z) if in_place else torch.where(mask, new, z)

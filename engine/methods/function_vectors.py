@@ -1,0 +1,120 @@
+"""Function vectors: one vector, added to the residual stream, that stands for a task (Todd et al., arXiv 2310.15213).
+
+    mu[l, h]  = mean z[l, h] at the last token of clean ten-shot prompts
+    CIE[l, h] = P(y | shuffled prompt, z[l, h] := mu[l, h]) - P(y | shuffled prompt)
+    AIE       = mean of CIE over shuffled prompts
+    v         = sum over the k heads of the highest AIE of  W_O[l, h] mu[l, h]
+    h_l      += v at the last prompt token, and at every generated one
+
+W_O's bias is not counted, neither once nor once a head. The shuffled prompts' demonstrations have permuted answers, so
+that their format is known, and the task is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.activations import mean_activations
+from engine.artifacts import load_tensors, save_tensors
+from engine.effects import Effects
+from engine.intervention import Steering, read_values
+from engine.sweeping import sweep
+from engine.tasks.scoring import Example, first_token_hits
+from models import Model, PromptLike
+from models.shapes import Bool, Float
+
+
+@dataclass(frozen=True)
+class FunctionVector:
+    """A vector to be added to the residual stream, and the heads that it was made of.
+
+    >>> vector = engine.fv.FunctionVector(torch.zeros(model.shape.d_model), [(2, 1)])
+    >>> answer = engine.generate(model, "Q: hot\\nA:", steering=vector.after(layer=1), max_new_tokens=2)
+    """
+
+    vector: Float[Tensor, " d_model"]
+    heads: list[tuple[int, int]]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def after(self, layer: int) -> Steering:
+        """Added after this layer; what `steering=` takes."""
+        return Steering(self.vector, layer)
+
+    def save(self, path: str | Path) -> None:
+        """Write vector, heads and metadata to one file."""
+        save_tensors(path, {"vector": self.vector}, {**self.metadata, "heads": self.heads})
+
+    @classmethod
+    def load(cls, path: str | Path) -> FunctionVector:
+        """Raises FileNotFoundError, or ValueError for a file that is something else."""
+        tensors, metadata = load_tensors(path, ("vector",))
+        return cls(tensors["vector"], [(layer, head) for layer, head in metadata.pop("heads")], metadata)
+
+
+def extract(
+    model: Model,
+    clean: Sequence[PromptLike],
+    shuffled: Sequence[Example],
+    *,
+    k: int = 10,
+    means: Float[Tensor, "layers heads head_dim"] | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+) -> tuple[FunctionVector, Effects]:
+    """The function vector of a task, and the causal effect of every head on the shuffled prompts (CIE; its mean: AIE).
+
+    clean:    few-shot prompts that the means are taken from; the paper: 100 ten-shot prompts.
+    shuffled: few-shot examples whose demonstrations' answers are permuted; the paper: 25.
+    k:        heads summed; the paper: 10 for GPT-J, more for larger models. means: in place of those of `clean`.
+
+    Raises ValueError for more heads than there are, or none; else as `engine.sweep`.
+
+    Source: Function Vectors (arXiv 2310.15213), section 2.
+
+    >>> vector, effects = engine.fv.extract(model, ["Q: hot\\nA:"], [Example("Q: hot\\nA:", " c")], k=2, progress=False)
+    >>> vector.vector.shape == (model.shape.d_model,), len(vector.heads)
+    (True, 2)
+    """
+    n_heads = model.shape.n_layers * model.shape.n_heads
+    if not 1 <= k <= n_heads:
+        raise ValueError(f"k must lie between 1 and the {n_heads} heads of {model.name}, got {k}")
+    if means is None:
+        means = mean_activations(model, clean, progress=progress)
+    effects = sweep(model, shuffled, means, metric="probability", checkpoint=checkpoint, progress=progress)
+    heads: list[tuple[int, int]] = effects.top(k, by="positive")
+    metadata = dict(method="fv", model=model.name, shape=asdict(model.shape), k=k, prompts=len(shuffled))
+    return FunctionVector(compose(model, means, heads), heads, metadata), effects
+
+
+def compose(
+    model: Model, means: Float[Tensor, "layers heads head_dim"], heads: Sequence[tuple[int, int]]
+) -> Float[Tensor, " d_model"]:
+    """Sum over heads of W_O[l, h] mu[l, h], in float32.
+
+    >>> engine.fv.compose(model, means, [(1, 0), (2, 3)]).shape == (model.shape.d_model,)
+    True
+    """
+    shape = (model.shape.n_layers, model.shape.n_heads)
+    means = read_values(model.shape, means, torch.ones(1, *shape, dtype=torch.bool))
+    total = torch.zeros(model.shape.d_model)
+    for layer, head in heads:
+        total += model.project(layer, means[layer])[head].detach().float().cpu()
+    return total
+
+
+def hits_by_layer(
+    model: Model, examples: Sequence[Example], vector: Float[Tensor, " d_model"]
+) -> Bool[Tensor, "examples layers_and_none"]:
+    """Whether the first token is right with the vector added after each layer, and, last, without it: one row each.
+
+    >>> engine.fv.hits_by_layer(model, [Example("Q: hot\\nA:", " c")], torch.zeros(model.shape.d_model)).shape[1]
+    31
+    """
+    layers = [*range(model.shape.n_layers), None]
+    return first_token_hits(model, examples, steering=Steering(vector, layers))

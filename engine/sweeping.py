@@ -1,0 +1,441 @@
+"""Every head patched alone, or group by group, on many prompts: what does each do to the answer?
+
+    clean[n]       = metric(model(prompt n))
+    patched[n, u]  = metric(model(prompt n), z of unit u := values)
+
+The prefix of a prompt is computed once; a row comes in at its first patched layer, which is half the work of running
+each through all layers.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, reduce
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from engine.activations import capture
+from engine.artifacts import load_tensors, save_tensors
+from engine.checking import check_once
+from engine.distributed import ALONE, World, digest, identity
+from engine.effects import Effects
+from engine.intervention import Mode, read_patch, read_values
+from engine.metrics import Metric, MetricFunction, read_metric
+from engine.patching import patch
+from engine.prefix import Prefix, as_prefix, compute, patched_positions, why_not_split
+from engine.progress import track
+from engine.tasks.scoring import Example, first_token
+from models import Model, PromptLike
+from models.shapes import Bool, Float
+
+Ablation: TypeAlias = Literal["zero", "mean", "resample"]
+Groups: TypeAlias = "Mapping[str, Bool[Tensor, 'layers heads']] | Literal['heads', 'layers']"
+
+
+def sweep(
+    model: Model,
+    prompts: Sequence[PromptLike | Example],
+    values: Tensor | Ablation | None = None,
+    *,
+    source: Sequence[PromptLike] | None = None,
+    metric: Metric | Callable[[Tensor], Tensor] = "probability",
+    targets: Sequence[int | str] | None = None,
+    others: Sequence[int | str] | None = None,
+    groups: Groups = "heads",
+    positions: int | Sequence[int] = -1,
+    mode: Mode = "replace",
+    memory: int | None = None,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    world: World = ALONE,
+    progress: bool = True,
+) -> Effects:
+    """The effect of patching each head alone, on every prompt: L x H rows a prompt, for a few forwards' work.
+
+    prompts:   what is patched; an `Example` brings its target.
+    values:    Float[L, H, D] for all prompts, or Float[N, L, H, D], one set a prompt; or an ablation: "zero"; "mean" of
+               the prompts' own activations; "resample", those of another of the prompts, drawn by `seed`.
+    source:    in place of values, a prompt for each prompt: its activations, at the same position, are patched in, and
+               its own metric is the result's reference. Clean prompts with corrupted sources: noising; the other
+               way round: denoising.
+    metric:    "probability" (of the target; default), "log_probability", "logit_difference" (target less other),
+               "rank", "kl" (to the unpatched run), or a function of logits Float[rows, vocab].
+    targets:   a token a prompt: its id, or text as it follows the prompt, of which the first token is taken.
+    others:    likewise, the second token of "logit_difference".
+    groups:    "heads" (default), "layers", or masks by name (`engine.groups` makes some): what is patched together.
+    positions: one, or a list, of which each is patched by itself. Default: the last token.
+    mode:      "replace" the heads' output, or "add" the values, then a tensor, to it.
+    memory:    bytes that rows may take; default an eighth of what is free. Fewer rows are tried when it does run out.
+    checkpoint: a file, written after every prompt; a sweep that was stopped goes on from it, with the same results. It
+               is removed at the end. A metric of one's own is known by its being one, not by what it does.
+    world:     ranks that share out the prompts (`engine.distributed.joined`).
+
+    Returns `Effects`. Raises ValueError, TypeError or IndexError before anything runs for what does not fit: a metric
+    without targets, values of another shape, sources whose length differs where positions other than the last must
+    match, a checkpoint of another sweep; after it, for a metric that is NaN, naming the prompts.
+
+    Source: causal indirect effects, Function Vectors (arXiv 2310.15213), section 2.2; activation patching, How to use
+    and interpret activation patching (arXiv 2404.15255).
+
+    >>> effects = engine.sweep(model, [Example("Q: hot\\nA:", " cold")], "zero", progress=False)
+    >>> effects.patched.shape == (1, model.shape.n_layers, model.shape.n_heads)
+    True
+    """
+    asked = read(model, prompts, values, source, metric, targets, others, positions, mode, seed)
+    masks, names = read_groups(model, groups)
+    budget = Budget(model, memory)
+    known = dict(asked.known, mode=mode, groups=digest(list(names or ()), masks))
+    world.same(dict(known, **(identity(model) if world.size > 1 else {})))
+    mine = world.share(len(asked.prompts))
+    clean = torch.full((mine.stop - mine.start,), torch.nan, dtype=torch.float64)
+    patched = clean.new_full((len(clean), len(asked.at), len(masks)), torch.nan)
+    found = {"patched": patched, "clean": clean} | ({"reference": clean.clone()} if source is not None else {})
+    part = dict(known, prompts=[mine.start, mine.stop])
+    mark = None if checkpoint is None else Path(f"{checkpoint}.{world.rank}" if world.size > 1 else checkpoint)
+    done = _resume(mark, part, found)
+    check_once(model, asked.prompts[0])
+
+    for i in track(range(done, len(clean)), f"sweep of {len(masks)} units", progress and world.rank == 0):
+        n = mine.start + i
+        prompt, (new, logits) = asked.prompts[n], asked.patched_in(n)
+        if len(asked.at) > 1:
+            prompt = computed(prompt, asked.at)
+        for p, position in enumerate(asked.at):
+            scores, unpatched = _scores(asked, n, prompt, masks, new[p], position, mode, budget)
+            clean[i], patched[i, p] = scores[0], scores[1:]
+        if logits is not None:
+            found["reference"][i] = asked.score(n, logits, unpatched)
+        if mark is not None:
+            save_tensors(mark, {name: scores[: i + 1] for name, scores in found.items()}, part)
+
+    found = {name: world.gather(scores, len(asked.prompts)) for name, scores in found.items()}
+    named = None if names is None else dict(zip(names, masks, strict=True))
+    effects = asked.effects(**found, groups=named, metadata=known)
+    if mark is not None:
+        mark.unlink(missing_ok=True)
+    return effects
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What is asked of every prompt, checked: what is patched in, where, and what scores the answer.
+
+    sources: a prompt for each prompt, or none, where `values` says what is patched in.
+    at:      positions, patched one at a time. several: they were given as a list.
+    metric:  its name. function: the metric itself, of tokens that `targets` and `others` have for each prompt.
+    """
+
+    model: Model
+    prompts: list[Prefix]
+    sources: list[Prefix]
+    values: Tensor | Ablation | None
+    at: tuple[int, ...]
+    several: bool
+    metric: str
+    function: MetricFunction
+    targets: list[int] | None
+    others: list[int] | None
+    seed: int
+
+    @torch.no_grad()
+    def patched_in(
+        self, n: int
+    ) -> tuple[Float[Tensor, "positions layers heads head_dim"], Float[Tensor, "1 vocab"] | None]:
+        """What is patched into prompt n at each position; and the logits of the run it came from, if of a source."""
+        if self.sources:
+            whole = computed(self.sources[n], self.at)
+            return activations(whole, self.at), patch(self.model, whole, heads=None, values=None)
+        if isinstance(self.values, Tensor):
+            values = self.values[n] if self.values.ndim == 4 else self.values
+            return values.expand(len(self.at), *values.shape), None
+        if self.values == "resample":
+            return activations(self.prompts[self.partners[n]], self.at), None
+        shape = self.model.shape
+        zeros = torch.zeros(len(self.at), shape.n_layers, shape.n_heads, shape.head_dim)
+        return zeros if self.values == "zero" else self.means, None
+
+    @cached_property
+    def means(self) -> Float[Tensor, "positions layers heads head_dim"]:
+        """Of the prompts' own activations; summed in float64."""
+        each = (activations(prompt, self.at).double() for prompt in self.prompts)
+        total = reduce(torch.add, each)
+        return (total / len(self.prompts)).to(torch.promote_types(self.model.dtype, torch.float32))
+
+    @cached_property
+    def partners(self) -> dict[int, int]:
+        """For each prompt another, whose activations are taken: steps along a cycle through all of them."""
+        random, size = torch.Generator().manual_seed(self.seed), len(self.prompts)
+        order, turn = torch.randperm(size, generator=random), torch.randint(1, size, (), generator=random)
+        return dict(zip(order.tolist(), order.roll(int(turn)).tolist(), strict=True))
+
+    def score(self, n: int, logits: Float[Tensor, "rows vocab"], clean: Float[Tensor, " vocab"]) -> Tensor:
+        """The metric of rows of prompt n; clean: logits of its unpatched run."""
+        target, other = (None if tokens is None else tokens[n] for tokens in (self.targets, self.others))
+        return self.function(logits, target, other, clean)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What tells it from others, as JSON: in the result's metadata, in checkpoints, compared by ranks."""
+        every = [*self.prompts, *self.sources]
+        pixels = [x for prompt in every for x in prompt.prompt.inputs.values()]
+        given = isinstance(self.values, Tensor)
+        values = f"given, {digest(self.values)}" if given else "source" if self.values is None else self.values
+        return dict(
+            model=self.model.name,
+            metric=self.metric,
+            values=f"resample, seed {self.seed}" if values == "resample" else values,
+            positions=list(self.at),
+            data=digest([prompt.tokens.tolist() for prompt in every], self.targets, self.others, *pixels),
+        )
+
+    def effects(
+        self,
+        patched: Float[Tensor, "prompts positions units"],
+        clean: Float[Tensor, " prompts"],
+        reference: Float[Tensor, " prompts"] | None = None,
+        groups: Mapping[str, Bool[Tensor, "layers heads"]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Effects:
+        """The result of all prompts."""
+        shape = (self.model.shape.n_layers, self.model.shape.n_heads) if groups is None else (len(groups),)
+        patched = patched.unflatten(2, shape)
+        return Effects(
+            patched if self.several else patched[:, 0],
+            clean,
+            reference,
+            groups=groups,
+            positions=list(self.at) if self.several else None,
+            metric=self.metric,
+            metadata={**self.known, **(metadata or {}), "prompts": len(self.prompts)},
+        )
+
+
+def read(
+    model: Model,
+    prompts: Sequence[PromptLike | Example],
+    values: Tensor | Ablation | None,
+    source: Sequence[PromptLike] | None,
+    metric: Metric | Callable[[Tensor], Tensor],
+    targets: Sequence[int | str] | None,
+    others: Sequence[int | str] | None,
+    positions: int | Sequence[int],
+    mode: Mode = "replace",
+    seed: int = 0,
+) -> Asked:
+    """The arguments of `sweep`, checked; nothing has run. Raises ValueError, TypeError or IndexError."""
+    where = read_patch(model.shape, None, None, positions, mode)
+    given, targets = _read_prompts(prompts, targets)
+    ready = [as_prefix(model, prompt) for prompt in given]
+    target_ids = read_tokens(model, given, targets, "targets")
+    other_ids = read_tokens(model, given, others, "others")
+    function = read_metric(metric, target_ids, other_ids, prompts=len(ready), vocab_size=model.shape.vocab_size)
+    for one in ready:
+        patched_positions(where, one)
+    sources = _read_source(model, ready, source, where.positions)
+    if (source is None) == (values is None):
+        raise ValueError("expected either values or source, what is patched in")
+    if mode == "add" and not isinstance(values, Tensor):
+        raise ValueError(f"mode 'add' adds a tensor of values, got {'a source' if values is None else repr(values)}")
+    if isinstance(values, Tensor):
+        if values.ndim == 4 and len(values) != len(ready):
+            raise ValueError(f"values must be one set, or one for each of {len(ready)} prompts: got {len(values)}")
+        for some in values if values.ndim == 4 else [values]:
+            read_values(model.shape, some, where.heads)
+    elif values is not None and values not in get_args(Ablation):
+        raise ValueError(f"values must be a tensor or one of {get_args(Ablation)}, got {values!r:.80}")
+    if values == "resample" and len(ready) < 2:
+        raise ValueError("'resample' takes activations of another prompt: give two at least")
+    name = metric if isinstance(metric, str) else "custom"
+    several = not isinstance(positions, int)
+    at = where.positions
+    return Asked(model, ready, sources, values, at, several, name, function, target_ids, other_ids, seed)
+
+
+def _read_prompts(
+    prompts: Sequence[PromptLike | Example], targets: Sequence[int | str] | None
+) -> tuple[list[PromptLike], Sequence[int | str] | None]:
+    if isinstance(prompts, (str, Example)) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise ValueError(f"expected a list of prompts, got {prompts!r:.80}")
+    examples = [isinstance(one, Example) for one in prompts]
+    if any(examples):
+        if not all(examples) or targets is not None:
+            raise ValueError("prompts must be all Examples, which bring their targets, or none of them")
+        return [one.prompt for one in prompts], [one.answer for one in prompts]  # type: ignore[union-attr]
+    return list(prompts), targets  # type: ignore[arg-type]
+
+
+def read_tokens(
+    model: Model, prompts: Sequence[PromptLike], tokens: Sequence[int | str] | None, what: str
+) -> list[int] | None:
+    """A token id a prompt; of text the first token, as it follows the prompt. Warns where text has several."""
+    if tokens is None:
+        return None
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or len(tokens) != len(prompts):
+        raise ValueError(f"{what} must be a token for each of {len(prompts)} prompts, got {tokens!r:.80}")
+    for n, token in enumerate(tokens):
+        if not isinstance(token, (int, str)) or isinstance(token, bool):
+            raise TypeError(f"{what} must be text or token ids, got {token!r} for prompt {n}")
+    found = [first_token(model, Example(*pair)) for pair in zip(prompts, tokens, strict=True)]
+    longer = [text for text in tokens if isinstance(text, str) and _n_tokens(model, text) > 1]
+    if longer:
+        said = f"{len(longer)} of {len(tokens)} {what} have several tokens ({longer[0]!r}); the first is scored"
+        warnings.warn(said, stacklevel=4)
+    return found
+
+
+def _n_tokens(model: Model, text: str) -> int:
+    return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def read_groups(model: Model, groups: Groups) -> tuple[Bool[Tensor, "units layers heads"], list[str] | None]:
+    """The masks, in order, and their names; single heads have none."""
+    shape = (model.shape.n_layers, model.shape.n_heads)
+    if groups == "heads":
+        return torch.eye(shape[0] * shape[1], dtype=torch.bool).unflatten(1, shape), None
+    if groups == "layers":
+        from engine.groups import layers
+
+        groups = layers(model)
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"groups must be 'heads', 'layers' or masks by name, got {groups!r:.80}")
+    for name, mask in groups.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise ValueError(f"group {name!r} must be a bool mask {list(shape)}, got {mask!r:.80}")
+    if not groups:
+        raise ValueError("no groups were given")
+    return torch.stack(list(groups.values())).cpu(), list(groups)
+
+
+def _read_source(
+    model: Model, prompts: Sequence[Prefix], source: Sequence[PromptLike] | None, at: Sequence[int]
+) -> list[Prefix]:
+    if source is None:
+        return []
+    if isinstance(source, str) or not isinstance(source, Sequence) or len(source) != len(prompts):
+        raise ValueError(f"source must be a prompt for each of {len(prompts)} prompts, got {source!r:.80}")
+    sources = [as_prefix(model, one) for one in source]
+    for n, (one, other) in enumerate(zip(prompts, sources, strict=True)):
+        if len(one.tokens) != len(other.tokens) and any(position != -1 for position in at):
+            raise ValueError(
+                f"prompt {n} has {len(one.tokens)} tokens, its source {len(other.tokens)}: "
+                f"at positions {list(at)} they must match (at -1 they need not)"
+            )
+    return sources
+
+
+def activations(prompt: Prefix, at: Sequence[int]) -> Float[Tensor, "positions layers heads head_dim"]:
+    return capture(prompt.model, [prompt], at)[0]  # type: ignore[list-item]
+
+
+def computed(prompt: Prefix, at: Sequence[int]) -> Prefix:
+    """The prompt computed up to the last of these positions, for passes that follow; as it is if nothing is shared."""
+    n_tokens = len(prompt.tokens)
+    last = max(position % n_tokens for position in at)
+    if prompt.model.sharing_refused or why_not_split(prompt.prompt, last):
+        return prompt
+    return compute([prompt], [last])[0]
+
+
+class Budget:
+    """How many rows may run at once; fewer after memory ran out.
+
+    A row takes its logits, twice in the metric's precision, and of its tokens the scores and widest activations: of one
+    layer at a time, or of all if a graph is kept.
+    """
+
+    def __init__(self, model: Model, memory: int | None, graph: bool = False):
+        if memory is not None and (not isinstance(memory, int) or memory < 1):
+            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
+        self.bytes = memory or free_bytes(model.device) // 8
+        shape, size = model.shape, model.dtype.itemsize
+        layers = shape.n_layers if graph else 1
+        self._row = shape.vocab_size * (size + 2 * max(4, size))
+        self._token = layers * 16 * shape.d_model * size
+        self._key = layers * 3 * shape.n_heads * max(4, size)
+        self.most = 2**31
+
+    def rows(self, prompt: Prefix, position: int) -> int:
+        """Of a prompt, patched at a position."""
+        n_tokens = len(prompt.tokens)
+        split = position % n_tokens
+        if prompt.model.sharing_refused or why_not_split(prompt.prompt, split):
+            split = 0
+        row = self._row + (n_tokens - split) * (self._token + n_tokens * self._key)
+        return max(1, min(self.most, self.bytes // row))
+
+    def passes(self, n_rows: int, prompt: Prefix, position: int, run: Callable[[Prefix, slice], None]) -> None:
+        """`run(prompt, some)` for slices of the rows, as many at once as fit. More than one share a prefix."""
+        start = 0
+        while start < n_rows:
+            some = slice(start, min(n_rows, start + self.rows(prompt, position)))
+            if some != slice(0, n_rows):
+                prompt = computed(prompt, [position])
+            try:
+                run(prompt, some)
+            except RuntimeError as error:
+                if some.stop - some.start == 1 or not _out_of_memory(error):
+                    raise
+                self.most = (some.stop - some.start) // 2
+                continue
+            start = some.stop
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free there; on the CPU, where the system does not say, 4 GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except OSError:
+        return 4 * 2**30
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@torch.no_grad()
+def _scores(
+    asked: Asked,
+    n: int,
+    prompt: Prefix,
+    masks: Bool[Tensor, "units layers heads"],
+    values: Float[Tensor, "layers heads head_dim"],
+    position: int,
+    mode: Mode,
+    budget: Budget,
+) -> tuple[Float[Tensor, " unpatched_and_units"], Float[Tensor, " vocab"]]:
+    """The metric of the unpatched run and, after it, of every unit; and the unpatched run's logits."""
+    rows = torch.cat([torch.zeros_like(masks[:1]), masks])
+    scores, clean = torch.empty(len(rows), dtype=torch.float64), torch.empty(0)
+
+    def run(prompt: Prefix, some: slice) -> None:
+        nonlocal clean
+        logits = patch(asked.model, prompt, heads=rows[some], values=values, positions=position, mode=mode)
+        if not some.start:
+            clean = logits[0].clone()  # a view would keep those of all rows
+        scores[some] = asked.score(n, logits, clean).double().cpu()
+
+    budget.passes(len(rows), prompt, position, run)
+    return scores, clean
+
+
+def _resume(mark: Path | None, part: dict[str, Any], found: Mapping[str, Tensor]) -> int:
+    """How many prompts a checkpoint brings, read into the tensors."""
+    if mark is None or not mark.exists():
+        return 0
+    tensors, saved = load_tensors(mark, ("clean",))
+    expected = json.loads(json.dumps(part))
+    if differing := sorted(key for key in expected.keys() | saved.keys() if saved.get(key) != expected.get(key)):
+        raise ValueError(f"checkpoint {mark} is of another sweep: {', '.join(differing)} differ")
+    done = len(tensors["clean"])
+    for name, scores in load_tensors(mark, tuple(found))[0].items():
+        found[name][:done] = scores
+    return done
