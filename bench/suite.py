@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import models
 from bench import memory
-from bench.cases import CASES, Case, Question, ask, draw_and_update
+from bench.cases import CASES, Case, Question, ask, depth, draw_and_update
 from bench.limits import Rates, Sizes, floor
 from bench.machine import describe, free_bytes, measure_rates, synchronise
 from bench.providers import PROVIDERS, Cannot, Provider
@@ -176,7 +176,7 @@ def measure(cell: Cell, ready: _Ready, rates: Rates, settings: Settings) -> list
     limits = dict(
         floor=floor(case.passes(sizes, question.heads, cell.tokens), rates),
         prefill_floor=sizes.prefill(cell.tokens - 1).seconds(rates),
-        row_floor=sizes.row_step(cell.rows, cell.tokens).seconds(rates),
+        row_floor=sizes.row_step(cell.rows, cell.tokens, depth(question.heads)).seconds(rates),
     )
     records = [_record(cell, name, **limits) for name in ready.names]
     ways: dict[str, Callable[[], object]] = {}

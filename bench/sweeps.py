@@ -17,8 +17,7 @@ import engine
 from bench.hooks import patched_logits
 from bench.limits import Sizes
 from bench.timing import interleaved, ratio
-from engine import Example, tasks
-from engine.attribution import attribute
+from engine import Example, attribute, tasks
 from models import Model
 from models.shapes import Bool
 
@@ -140,19 +139,19 @@ def single_heads(model: Model) -> Bool[Tensor, "units layers heads"]:
 
 
 def full_forward(sizes: Sizes, tokens: int) -> float:
-    """Multiplications and additions of a forward, logits of its last token."""
-    return sizes.prefill(tokens).flops + 2 * sizes.vocabulary
+    """Multiplications and additions of a forward of the loop: all tokens through all blocks, logits of the last."""
+    seen = tokens * (tokens + 1) / 2
+    return 2 * tokens * sizes.blocks + 4 * sizes.layers * sizes.q_width * seen + 2 * sizes.vocabulary
 
 
 def rows(sizes: Sizes, tokens: int, n_rows: int, layered: bool, fresh: bool) -> float:
-    """The same of all rows of a prompt, the last token of each patched in one head; and of the prefix, if fresh.
+    """The least of all rows of a prompt, the last token of each patched in one head; and of the prefix, if fresh.
 
-    Layer by layer, a row whose head is in layer l of L is in L - l layers, and one more is in all of them. The
+    Layer by layer, a row whose head is in layer l of L (from 0) is in L - l of them, and one more row in all. The
     vocabulary projection is whole either way.
     """
-    whole, vocabulary = sizes.row_step(n_rows, tokens).flops, 2 * n_rows * sizes.vocabulary
-    share = (sizes.layers + 1) / (2 * sizes.layers) + 1 / n_rows if layered else 1
-    return vocabulary + share * (whole - vocabulary) + (sizes.prefill(tokens - 1).flops if fresh else 0)
+    depth = (sizes.layers + 1) / (2 * sizes.layers) + 1 / n_rows if layered else 1.0
+    return sizes.row_step(n_rows, tokens, depth).flops + (sizes.prefill(tokens - 1).flops if fresh else 0)
 
 
 def table(result: dict[str, Any]) -> Table:

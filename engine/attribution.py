@@ -50,6 +50,7 @@ def attribute(
     The arguments are those of `engine.sweep`, which computes what is estimated here, and
     steps: 1: the gradient of the unpatched run (default). More: its mean over so many points of the straight path on
            which all heads are shifted at once by what patching each would change; all of them rows of one pass.
+           Their effects sum to that of shifting all heads; the effect of one head alone may be estimated worse.
 
     Returns `Effects` as `engine.sweep` does, but `patched` is no run: it is clean plus the estimate, so that `effect`
     is the estimate. `clean` and `reference` are exact. Half-precision models give half-precision gradients.
@@ -61,7 +62,7 @@ def attribute(
     changed, whether they require them or not.
 
     Source: Attribution Patching (Nanda, 2023), https://www.neelnanda.io/mechanistic-interpretability/attribution-patching;
-    AtP* (arXiv 2403.00745), section 2; more than one step: integrated gradients (arXiv 1703.01365), as Have Faith in
+    AtP* (arXiv 2403.00745); more than one step: integrated gradients (arXiv 1703.01365), as Have Faith in
     Faithfulness (arXiv 2403.17806) takes them, there along the path between two inputs.
 
     >>> estimated = engine.attribute(model, [Example("Q: hot\\nA:", " cold")], "zero", progress=False)
@@ -103,11 +104,10 @@ def _gradient(
     budget: Budget,
 ) -> tuple[Float[Tensor, "layers heads head_dim"], Float[Tensor, " vocab"]]:
     """The mean of the metric's gradient over the path, and the logits of the unpatched run."""
-    points = (torch.arange(steps) + 0.5) / steps
-    # The unpatched run is a row too: the only one of a single step.
-    points = torch.cat([torch.zeros(1), points]) if steps > 1 else torch.zeros(1)
+    # The first row is the unpatched run, of which more steps take no gradient.
+    points = torch.cat([torch.zeros(1), (torch.arange(steps) + 0.5) / steps]) if steps > 1 else torch.zeros(1)
     heads = torch.ones(len(points), *difference.shape[:2], dtype=torch.bool)
-    total, clean = torch.zeros(difference.shape, dtype=torch.float64, device=difference.device), torch.empty(0)
+    total, clean = torch.zeros_like(difference, dtype=torch.float64), torch.empty(0)
 
     def run(prompt: Prefix, some: slice) -> None:
         nonlocal clean
@@ -121,8 +121,7 @@ def _gradient(
             if gradient is None:
                 raise _without(asked, recorded=_derivative(logits, shift) is not None)
         clean = unpatched
-        skipped = 1 if steps > 1 and not some.start else 0
-        total.add_(gradient[skipped:].double().sum(dim=0))
+        total.add_(gradient[1 if steps > 1 and not some.start else 0 :].double().sum(dim=0))
 
     try:
         budget.passes(len(points), prompt, position, run)

@@ -10,7 +10,7 @@ from PIL import Image
 import engine
 import models
 from bench.families import wrapped
-from engine.attribution import attribute
+from engine import attribute
 from engine.metrics import read_metric
 from models import UnsupportedModelError, zoo
 

@@ -8,8 +8,7 @@ from PIL import Image
 import engine
 import models
 from bench.families import wrapped
-from engine import Example, groups
-from engine.attribution import attribute
+from engine import Example, attribute, groups
 from models import zoo
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
