@@ -54,7 +54,9 @@ QUICK_SETTINGS = Settings(rounds=8, loop_rows=1, patience=0.9, budget=6, memory=
 def suite(
     context: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="Small cells, for a laptop: under three minutes.")] = False,
-    compare: Annotated[Path | None, typer.Option(help="A bench.json of an earlier run.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="A bench.json of an earlier run; give --rounds, 8 or so, to both.")
+    ] = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder for bench.csv, bench.json, bench.png.")] = Path(
         "out/bench"
     ),
@@ -110,6 +112,10 @@ def suite(
 def _compare(results: records_of.Results, old: records_of.Results) -> None:
     found = compare_runs.compare(results.records, old.records)
     out.print(report.compared(found))
+    few = sum(c.verdict == "too few rounds" for c in found)
+    if few:
+        rounds = compare_runs.rounds_needed(len(found))
+        out.print(f"{few} records have too few rounds to show anything: measure both times with --rounds {rounds}")
     missing = len({r.key for r in old.records if r.seconds} - {c.old.key for c in found})
     if missing:
         out.print(f"{missing} records of the old run have no counterpart in this one")

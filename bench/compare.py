@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import comb
 from statistics import median
 
@@ -14,11 +15,16 @@ ALPHA = 0.05  # chance that any of all verdicts is wrong where nothing changed (
 
 @dataclass(frozen=True)
 class Comparison:
-    """ratio: new median over old. p: Mann-Whitney, two-sided, corrected by Holm over all records compared."""
+    """ratio: new median over old. p: Mann-Whitney, two-sided, corrected by Holm over all records compared.
+
+    beside: the ratio over that of the stock forward, which ran in the same rounds: a machine that has become slower
+            as a whole leaves it at 1.
+    """
 
     new: Record
     old: Record
     ratio: float
+    beside: float
     p: float
     verdict: str
 
@@ -44,8 +50,22 @@ def compare(new: Sequence[Record], old: Sequence[Record]) -> list[Comparison]:
             verdict = "slower" if ratio > 1 else "faster"
         else:
             verdict = "no difference" if least[i] * len(tested) < ALPHA and i in corrected else "too few rounds"
-        found.append(Comparison(a, b, ratio, p, verdict))
+        beside = _over_stock(a) / _over_stock(b)
+        found.append(Comparison(a, b, ratio, beside, p, verdict))
     return found
+
+
+def rounds_needed(records: int) -> int:
+    """The fewest rounds, in both runs, with which a difference among so many records can be shown.
+
+    >>> rounds_needed(1), rounds_needed(100)
+    (4, 8)
+    """
+    return next(n for n in count(1) if 2 / comb(2 * n, n) * records < ALPHA)
+
+
+def _over_stock(record: Record) -> float:
+    return record.cost.get("one stock forward", {}).get("median", float("nan"))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -82,14 +82,14 @@ def left_out(results: Results) -> Table | None:
 def compared(comparisons: Sequence[Comparison]) -> Table:
     """Medians of two runs."""
     table = Table("case", "way", "T", "rows", "model", title="against the old run")
-    for name in ("old ms", "new ms", "new / old", "p", "verdict"):
+    for name in ("old ms", "new ms", "new / old", "beside stock", "p", "verdict"):
         table.add_column(name, justify="right")
     style = {"slower": "red", "faster": "green"}
     for c in comparisons:
         r, colour = c.new, style.get(c.verdict, "dim")
         old, new = (_ms(one.median) for one in (c.old, r))
         line = (r.case, r.provider, str(r.tokens), str(r.rows), f"{r.shape} {r.dtype} {r.device}", old, new)
-        table.add_row(*line, f"{c.ratio:.2f}", f"{c.p:.1g}", f"[{colour}]{c.verdict}[/]")
+        table.add_row(*line, f"{c.ratio:.2f}", f"{c.beside:.2f}", f"{c.p:.1g}", f"[{colour}]{c.verdict}[/]")
     return table
 
 

@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import mannwhitneyu
 
-from bench.compare import compare, holm
+from bench.compare import compare, holm, rounds_needed
 from bench.records import Record
 
 SAMPLES = [1.00, 1.02, 0.98, 1.01, 0.99, 1.03, 0.97, 1.04, 0.96]
@@ -46,6 +46,22 @@ def test_only_what_both_measured():
     old = [record(SAMPLES), record(SAMPLES, "naive"), record([], "hooks", status="wrong")]
     new = [record(SAMPLES), record(SAMPLES, "hooks"), record([], "naive", status="skipped")]
     assert [c.new.provider for c in compare(new, old)] == ["packed"]
+
+
+def test_a_machine_that_is_slower_as_a_whole_leaves_what_stands_beside_stock():
+    old, new = ({"one stock forward": {"median": 1.5, "low": 1.4, "high": 1.6}} for _ in range(2))
+    (found,) = compare([record([2 * s for s in SAMPLES], cost=new)], [record(SAMPLES, cost=old)])
+    assert (found.ratio, found.beside) == (pytest.approx(2), 1)
+
+
+def test_rounds_that_show_a_difference():
+    """The hint is right: so many rounds without overlap are significant among so many records, one less are not."""
+    for records in (1, 20):
+        names = [f"way {i}" for i in range(records)]
+        for rounds, verdict in ((rounds_needed(records), "slower"), (rounds_needed(records) - 1, "too few rounds")):
+            slow, fast = [[start + 0.01 * i for i in range(rounds)] for start in (2.0, 1.0)]
+            found = compare([record(slow, n) for n in names], [record(fast, n) for n in names])
+            assert {c.verdict for c in found} == {verdict}
 
 
 def test_holm():
