@@ -18,18 +18,21 @@ from rich.table import Table
 
 import models
 from bench import compare as compare_runs
+from bench import estimators as estimators_case
 from bench import exactness as exactness_case
 from bench import families as families_case
 from bench import memory as memory_case
 from bench import records as records_of
 from bench import report
 from bench import search as search_case
+from bench import sweeps as sweeps_case
 from bench.cases import CASES
 from bench.machine import describe
 from bench.providers import PROVIDERS
 from bench.shapes import SHAPES
 from bench.suite import TOLERANCE, Settings, grid
 from bench.suite import run as run_suite
+from engine import tasks
 from engine.artifacts import write_whole
 from models.opening import Backend
 
@@ -166,6 +169,32 @@ def search(model: str = "smollm2-135m", task: str = "antonyms", steps: int = 100
         table.add_row(key, f"{value:.2f}" if isinstance(value, float) else str(value))
     out.print(table)
     _record("search", [result])
+
+
+@app.command()
+def sweeps(model: str = "smollm2-135m", task: str = "antonyms", prompts: int = 25, rounds: int = 5) -> None:
+    """A function vector's sweep against the loop; layered against packed rows; attribution against the sweep."""
+    result = sweeps_case.measure(models.load(model), task, prompts=prompts, rounds=rounds)
+    out.print(sweeps_case.table(result))
+    _record("sweeps", [result])
+
+
+@app.command()
+def estimators(
+    model: str = "smollm2-135m",
+    names: Annotated[str, typer.Option("--tasks", help="Separated by commas.")] = ",".join(tasks.SHIPPED),
+    seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 5,
+    ways: Annotated[str, typer.Option(help="Separated by semicolons.")] = ";".join(estimators_case.WAYS),
+) -> None:
+    """Model tokens that each gradient estimate of the MTV search needs to reach what 300 steps of REINFORCE reach."""
+    chosen = [way.strip() for way in ways.split(";")]
+    if unknown := [way for way in chosen if way not in estimators_case.WAYS]:
+        raise typer.BadParameter(f"--ways: expected of {'; '.join(estimators_case.WAYS)}, got {unknown}")
+    if seeds < 1:
+        raise typer.BadParameter(f"--seeds must be at least 1, got {seeds}")
+    result = estimators_case.measure(models.load(model), _read("--tasks", names), range(seeds), chosen)
+    out.print(estimators_case.table(result))
+    _record("estimators", [result])
 
 
 @app.command()

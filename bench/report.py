@@ -55,10 +55,8 @@ def tables(results: Results) -> list[Table]:
             floors = next(((r.prefill_floor, r.row_floor, r.floor) for r in records if r.floor is not None), None)
             if floors:
                 prefill, row, whole = (_ms(x) for x in floors)
-                table.add_row(
-                    str(tokens), str(rows), "[dim]floor[/]", f"[dim]{whole}[/]", "", "", "", "[dim]100[/]",
-                    f"[dim]prefill {prefill}[/]", f"[dim]rows {row}[/]", end_section=True,
-                )  # fmt: skip
+                line = ("floor (prefill, rows)", f"{whole} ({prefill}, {row})", "", "", "", "100")
+                table.add_row(str(tokens), str(rows), *(f"[dim]{cell}[/]" for cell in line), end_section=True)
         made.append(table)
     return made
 

@@ -191,6 +191,16 @@ def test_resample(model):
     assert len(chosen) > 1
 
 
+def test_resample_of_two(model):
+    """They swap."""
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    for seed in range(4):
+        got = engine.sweep(model, prompts, "resample", seed=seed, targets=[1, 2], progress=False)
+        want = engine.sweep(model, prompts, source=prompts[::-1], targets=[1, 2], progress=False)
+        torch.testing.assert_close(got.patched, want.patched, atol=LIMIT, rtol=0)
+        assert want.effect.abs().max() > 10 * LIMIT
+
+
 @pytest.mark.parametrize("metric", [*METRICS])
 def test_source(model, metric):
     """Noising and denoising are one call, the other way round; the reference is the source's own run."""
