@@ -53,6 +53,37 @@ def test_apply_and_info(folder):
     assert "smollm2-135m" in result.output
 
 
+def test_apply_with_anothers_means_after_demonstrations(folder):
+    vector = folder / "vector.safetensors"
+    result = run(
+        "apply", vector, "up", "--values-from", vector, "--shot", "in=out", "--shot", "on=off", "--max-new-tokens", 2
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_heads_of_another_task_on_top_of_one_shot(folder, tmp_path):
+    """The heads given, means of this task's own: nothing is searched for."""
+    options = {"task": folder.parent / "mine.jsonl", "shots": 2, "prompts": 4, "icl-shots": 2, "query-shots": 1}
+    options |= {"heads-from": folder / "vector.safetensors", "out": tmp_path, "seed": 1}
+    result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
+    assert result.exit_code == 0, result.output
+    found, given = (TaskVector.load(where / "vector.safetensors") for where in (tmp_path, folder))
+    assert found.heads == given.heads
+    assert not found.values.equal(given.values)
+    assert found.metadata["heads_of"] == "mine"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [score["name"] for score in results["scores"]] == ["1-shot", "2-shot ICL", "1-shot + MTV"]
+    assert not (tmp_path / "curve.png").exists()
+
+
+def test_extract_by_gates(folder, tmp_path):
+    options = {"task": folder.parent / "mine.jsonl", "shots": 2, "prompts": 4, "icl-shots": 2, "steps": 2}
+    options |= {"estimator": "relaxed", "prompts-per-step": 2, "out": tmp_path}
+    result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
+    assert result.exit_code == 0, result.output
+    assert TaskVector.load(tmp_path / "vector.safetensors").metadata["estimator"] == "relaxed"
+
+
 @pytest.mark.filterwarnings("ignore:.*several tokens")
 def test_fv(folder, tmp_path):
     options = dict(task=folder.parent / "mine.jsonl", k=3, shots=2, prompts=4, shuffled=1, out=tmp_path / "out")
@@ -73,6 +104,10 @@ def test_fv(folder, tmp_path):
     [
         (["extract", "--task", "synonyms"], "no task 'synonyms'"),
         (["extract", "--preset", "thesis", "--out", "OUT"], "preset must be one of"),
+        (["extract", "--estimator", "guess", "--out", "OUT"], "estimator must be one of"),
+        (["extract", "--estimator", "relaxed", "--rollouts", "32", "--out", "OUT"], "draws no masks"),
+        (["extract", "--heads-from", "missing.safetensors"], "no such file"),
+        (["apply", "missing.safetensors", "hot", "--shot", "hot"], "no such file"),
         (["extract", "--model", "gpt-17"], "cannot open the model 'gpt-17'"),
         (["extract", "--shots", "1000"], "1000 shots"),
         (["apply", "missing.safetensors", "hot"], "no such file"),
