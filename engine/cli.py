@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 try:
     import typer
@@ -27,6 +27,7 @@ from engine.artifacts import write_whole
 from engine.distributed import LostRankError, joined
 from engine.evaluation import Score, wilson
 from engine.methods import mtv
+from engine.methods.estimators import Estimator
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 out = Console()
@@ -52,10 +53,20 @@ def extract(
     ),
     preset: Annotated[str, typer.Option(help=f"Constants of the method: {', '.join(mtv.PRESETS)}.")] = "reference",
     steps: Annotated[int | None, typer.Option(help="Search steps; default the preset's.")] = None,
-    rollouts: Annotated[int, typer.Option(help="Head masks tried in a step.")] = 32,
+    estimator: Annotated[
+        str, typer.Option(help=f"Of the search's gradient: {', '.join(get_args(Estimator))}.")
+    ] = "reinforce",
+    rollouts: Annotated[
+        int | None, typer.Option(help="Head masks tried in a step; default 32, by gates one a prompt.")
+    ] = None,
+    prompts_per_step: Annotated[int, typer.Option(help="Examples whose mean loss a step lowers.")] = 1,
     shots: Annotated[int, typer.Option(help="Demonstrations in each prompt that the means are taken from.")] = 8,
     prompts: Annotated[int, typer.Option(help="Number of such prompts, and of examples to search on.")] = 100,
     icl_shots: Annotated[int, typer.Option(help="Demonstrations of the few-shot baseline.")] = 5,
+    query_shots: Annotated[int, typer.Option(help="Demonstrations before each query that is patched.")] = 0,
+    heads_from: Annotated[
+        Path | None, typer.Option(help="A vector.safetensors of another task: its heads, no search.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the prompts and the search.")] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="Where results go; default out/TASK.")] = None,
     at_once: Annotated[
@@ -71,53 +82,72 @@ def extract(
     """
     with plain_errors(), joined(device) as world:
         out.quiet = note.quiet = world.rank > 0
-        mtv.read_options(preset, steps, rollouts, at_once=at_once, world=world)
+        _, n_steps, n_rollouts = mtv.read_options(
+            preset, steps, rollouts, at_once=at_once, world=world, estimator=estimator,
+            prompts_per_step=prompts_per_step,
+        )  # fmt: skip
+        given = None if heads_from is None else engine.TaskVector.load(heads_from)
         opened = tasks.load(task)
         split = opened.split(seed)
         folder = Path("out") / opened.name if folder is None else folder
         checkpoint = folder / "checkpoint.safetensors"
         many_shot = [example.prompt for example in opened.few_shot(split.train, shots, prompts, seed)]
-        icl = opened.queries(split.test, split.train, icl_shots, seed)
-        zero_shot = [opened.example(query) for query in split.test]
-        pool = [opened.example(query) for query in split.train[:prompts]]
-        validation = [opened.example(query) for query in split.validation[:50]]
+        pool, validation, queries, icl = (
+            opened.queries(asked, split.train, n, seed)
+            for asked, n in (
+                (split.train[:prompts], query_shots),
+                (split.validation[:50], query_shots),
+                (split.test, query_shots),
+                (split.test, icl_shots),
+            )
+        )
         world.from_first(lambda: make_folder(folder))
 
         lm = models.load(model, device=world.device)
+        if given is not None:
+            given.check(lm)
         note.print(f"{lm.name}: {lm.shape}", highlight=False)
         started = time.perf_counter()
         means = engine.mean_activations(lm, many_shot, progress=not quiet, world=world)
         seconds = {"means": time.perf_counter() - started}
         note.print(f"means of {len(many_shot)} {shots}-shot prompts: {seconds['means']:.1f} s", highlight=False)
 
-        started = time.perf_counter()
-        with search_line(quiet) as on_step:
-            vector = mtv.extract(
-                lm, pool, means, preset=preset, steps=steps, rollouts=rollouts, seed=seed, validation=validation,
-                checkpoint=checkpoint, at_once=at_once, progress=not quiet, on_step=on_step, world=world,
-            )  # fmt: skip
-        seconds["search"] = time.perf_counter() - started
-        done = vector.metadata["steps"]
-        note.print(
-            f"search, {done} steps x {rollouts} rollouts: {seconds['search']:.1f} s; {len(vector.heads)} heads, "
-            f"validation loss {vector.metadata['validation_loss']:.2f} nats",
-            highlight=False,
-        )
+        if given is not None:
+            vector = given.with_values(means)
+            vector.metadata.update(heads_of=given.metadata.get("task"))
+            note.print(f"{len(vector.heads)} heads of {given.metadata.get('task')}, no search", highlight=False)
+        else:
+            started = time.perf_counter()
+            with search_line(quiet) as on_step:
+                vector = mtv.extract(
+                    lm, pool, means, preset=preset, steps=steps, estimator=cast(Estimator, estimator),
+                    rollouts=rollouts, prompts_per_step=prompts_per_step, seed=seed, validation=validation,
+                    checkpoint=checkpoint, at_once=at_once, progress=not quiet, on_step=on_step, world=world,
+                )  # fmt: skip
+            seconds["search"] = time.perf_counter() - started
+            note.print(
+                f"search, {n_steps} steps x {n_rollouts * prompts_per_step} rollouts: {seconds['search']:.1f} s; "
+                f"{len(vector.heads)} heads, validation loss {vector.metadata['validation_loss']:.2f} nats",
+                highlight=False,
+            )
         asking: dict[str, Any] = dict(progress=not quiet, world=world)
+        base = f"{query_shots}-shot" if query_shots else "zero-shot"
+        patched: dict[str, Any] = dict(heads=vector.heads, values=vector.values)
         scores = [
-            engine.evaluate(lm, "zero-shot", zero_shot, **asking),
+            engine.evaluate(lm, base, queries, **asking),
             engine.evaluate(lm, f"{icl_shots}-shot ICL", icl, **asking),
-            engine.evaluate(lm, "zero-shot + MTV", zero_shot, heads=vector.heads, values=vector.values, **asking),
+            engine.evaluate(lm, f"{base} + MTV", queries, **patched, **asking),
         ]
         if world.rank > 0:
             return
         out.print(score_table(opened.name, scores))
 
-        vector.metadata.update(task=opened.name, shots=shots, prompts=prompts)
+        vector.metadata.update(task=opened.name, shots=shots, prompts=prompts, query_shots=query_shots)
         vector.save(folder / "vector.safetensors")
         title = f"{opened.name}, {lm.name}"
         plots.heatmap(folder / "heads.png", vector.probabilities, vector.mask, title)
-        plots.learning_curve(folder / "curve.png", vector.metadata["losses"], title)
+        if given is None:
+            plots.learning_curve(folder / "curve.png", vector.metadata["losses"], title)
         results = {
             "task": opened.name,
             "scores": [asdict(score) | {"accuracy": score.accuracy} for score in scores],
@@ -127,7 +157,7 @@ def extract(
         }
         write_whole(folder / "results.json", json.dumps(results, indent=2) + "\n")
         checkpoint.unlink(missing_ok=True)
-        for name in ("vector.safetensors", "heads.png", "curve.png", "results.json"):
+        for name in ("vector.safetensors", "heads.png", *(["curve.png"] if given is None else []), "results.json"):
             out.print(folder / name, highlight=False, soft_wrap=True)
 
 
@@ -203,14 +233,23 @@ def apply(
     queries: Annotated[list[str], typer.Argument(help="Words to answer, or whole prompts with --raw.")],
     model: Annotated[str | None, typer.Option(help="Default: the model that the vector was made with.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the queries as whole prompts, no template.")] = False,
+    values_from: Annotated[
+        Path | None, typer.Option(help="The vector.safetensors of another task, whose means the heads carry.")
+    ] = None,
+    shot: Annotated[list[str] | None, typer.Option(help="A demonstration, as in hot=cold; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 20,
 ) -> None:
     """Answer prompts from the command line with a saved task vector, and without it."""
     with plain_errors():
         loaded = engine.TaskVector.load(vector)
+        if values_from is not None:
+            loaded = loaded.with_values(engine.TaskVector.load(values_from).values)
+        shots = [tasks.Pair(*map(str.strip, one.split("=", 1))) for one in shot or () if "=" in one.strip("= ")]
+        if len(shots) < len(shot or ()) or (raw and shot):
+            raise ValueError(f"expected --shot INPUT=OUTPUT, and not with --raw, got {shot}")
         lm = models.load(model or loaded.metadata["model"])
         loaded.check(lm)
-        prompts = queries if raw else [tasks.Task.prompt([], query) for query in queries]
+        prompts = queries if raw else [tasks.Task.prompt(shots, query) for query in queries]
         options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, stop="\n")
         plain = engine.generate(lm, prompts, **options)
         patched = engine.generate(lm, prompts, heads=loaded.heads, values=loaded.values, **options)
