@@ -39,8 +39,8 @@ WAYS = {
     "reinforce": Way(dict(estimator="reinforce"), 25, 300),
     "leave_one_out": Way(dict(estimator="leave_one_out"), 25, 300),
     "leave_one_out, 8 x 4 prompts": Way(dict(estimator="leave_one_out", rollouts=8, prompts_per_step=4), 25, 300),
-    "straight_through, 4 prompts": Way(dict(estimator="straight_through", prompts_per_step=4), 5, 100),
-    "relaxed, 4 prompts": Way(dict(estimator="relaxed", prompts_per_step=4), 5, 100),
+    "straight_through, 4 prompts": Way(dict(estimator="straight_through", prompts_per_step=4), 10, 300),
+    "relaxed, 4 prompts": Way(dict(estimator="relaxed", prompts_per_step=4), 10, 300),
 }
 REFERENCE = "reinforce"
 WITHIN = 0.05  # nats

@@ -13,6 +13,9 @@ from torch import Tensor
 from engine.artifacts import write_whole
 from models.shapes import Bool, Float
 
+# Okabe and Ito's, which the colour-blind can tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+
 
 def heatmap(
     path: str | Path,
@@ -89,6 +92,48 @@ def by_layer(
         axes.axhline(without[name], linestyle="--", linewidth=1, color=color, label=f"{name}, without")
     axes.set(xlabel="layer the vector is added after", ylabel="first-token accuracy", ylim=(-0.02, 1), title=title)
     axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def scores(path: str | Path, values: Mapping[str, Mapping[str, Sequence[float]]], label: str, title: str = "") -> None:
+    """By task and way to ask: a bar at the mean over seeds, whiskers of one standard deviation, a dot a seed."""
+    ways = list(dict.fromkeys(way for of_task in values.values() for way in of_task))
+    n_bars = sum(len(of_task) for of_task in values.values())
+    figure, axes = _figure(8, 0.32 * (n_bars + len(values)) + 1.2)
+    at, ticks, names = 0.0, [], []
+    for task, of_task in values.items():
+        for way, seeds in of_task.items():
+            found = torch.tensor(seeds, dtype=torch.float64)
+            spread = found.std().item() if len(seeds) > 1 else 0.0
+            color = COLORS[ways.index(way) % len(COLORS)]
+            axes.barh(at, found.mean().item(), xerr=spread or None, color=color, height=0.8, capsize=3, alpha=0.8)
+            axes.scatter(seeds, [at] * len(seeds), s=10, color="black", zorder=3)
+            ticks.append(at)
+            names.append(f"{task}: {way}" if len(values) > 1 else way)
+            at += 1
+        at += 0.6
+    axes.set_yticks(ticks, names)
+    axes.invert_yaxis()
+    axes.set(xlabel=label, title=title)
+    axes.set_xlim(left=0, right=1 if "accuracy" in label else None)
+    _save(figure, path)
+
+
+def scaling(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[float]]], title: str = "") -> None:
+    """Accuracy by the number of examples behind the means, a line a task: mean over seeds, band of one deviation."""
+    figure, axes = _figure(6.5, 3.8)
+    for color, marker, (task, points) in zip(COLORS, "osD^vPX", curves.items(), strict=False):
+        counts = sorted(points)
+        found = [torch.tensor(points[count], dtype=torch.float64) for count in counts]
+        mean = torch.stack([one.mean() for one in found])
+        spread = torch.stack([one.std() if len(one) > 1 else torch.zeros_like(one[0]) for one in found])
+        axes.plot(counts, mean, marker=marker, color=color, label=task)
+        axes.fill_between(counts, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+    axes.set(xlabel="examples behind the mean activations", ylabel="accuracy", ylim=(-0.02, 1.02), title=title)
+    axes.legend(frameon=False)
     _save(figure, path)
 
 

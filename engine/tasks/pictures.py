@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.tasks.scoring import Example
@@ -22,6 +24,7 @@ class Question:
     answers:  of all annotators, for the VQA accuracy; () where only `answer` is right.
     pictures: what the pictures are called: none of a query's is shown in its demonstrations. Default the paths.
 
+    >>> from engine.tasks import Question
     >>> Question("<image>Which colour? Answer:", ("a.png",), " red").pictures
     ('a.png',)
     """
@@ -60,7 +63,9 @@ class PictureTask:
     labels:      all answers there are, as they follow the text; () where any text may be one.
     open_ended:  answers are generated, up to ten tokens, and scored by the VQA accuracy; else by their first token.
     separator:   between an answer and the next question.
+    instruction: what every prompt begins with.
 
+    >>> from engine.tasks import PictureTask, Question
     >>> red, blue = (Question("<image> Colour:", (f"{name}.png",), f" {name}") for name in ("red", "blue"))
     >>> PictureTask("colours", (red,), (blue,)).example(blue, [red]).prompt.text
     '<image> Colour: red\\n<image> Colour:'
@@ -72,6 +77,7 @@ class PictureTask:
     labels: tuple[str, ...] = ()
     open_ended: bool = False
     separator: str = "\n"
+    instruction: str = ""
 
     def split(self, seed: int = 0) -> Questions:
         """Seven in ten of the training pictures to search on, the rest to validate; each part shuffled by the seed."""
@@ -89,9 +95,9 @@ class PictureTask:
         return Questions(*parts)
 
     def example(self, query: Question, shots: Sequence[Question] = ()) -> Example:
-        text = "".join(shot.text + shot.answer + self.separator for shot in shots) + query.text
+        shown = "".join(shot.text + shot.answer + self.separator for shot in shots)
         images = [image for question in (*shots, query) for image in question.images]
-        return Example(Prompt(text, tuple(images)), query.answer)
+        return Example(Prompt(self.instruction + shown + query.text, tuple(images)), query.answer)
 
     def few_shot(
         self, questions: Sequence[Question], shots: int, count: int, seed: int = 0, shuffled: bool = False
@@ -102,6 +108,8 @@ class PictureTask:
 
         Raises ValueError where there are too few questions about other pictures than a query's.
         """
+        if not questions:
+            raise ValueError(f"there are no questions here to draw from, task {self.name!r}")
         draw = random.Random(seed)
         return [
             self._after(draw.choice(questions), questions, shots, draw, shuffled, overlap=False) for _ in range(count)
@@ -151,3 +159,33 @@ class PictureTask:
             answers = draw.sample([shot.answer for shot in taken], len(taken))
             taken = [replace(shot, answer=answer) for shot, answer in zip(taken, answers, strict=True)]
         return self.example(query, taken)
+
+
+def required(path: Path, expected: str) -> Path:
+    """The path of a file or folder that a data set must have.
+
+    Raises FileNotFoundError that says what was expected there.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: expected {expected}")
+    return path
+
+
+def required_images(paths: Iterable[Path], name: str) -> None:
+    """Raises FileNotFoundError that names the first image file that is not there, and says how many are not."""
+    paths = dict.fromkeys(paths)
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of the {len(paths)} images of {name} are missing: first {missing[0]}")
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """The content of a JSON file.
+
+    Raises FileNotFoundError, or ValueError for what is not JSON; both say what was expected.
+    """
+    text = required(path, expected).read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): expected {expected}") from error
