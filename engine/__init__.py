@@ -5,7 +5,7 @@ model = models.load("smollm2-135m")
 logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
 """
 
-from engine import distributed, groups, metrics, naive
+from engine import distributed, experiments, groups, metrics, naive
 from engine.activations import capture, mean_activations
 from engine.artifacts import TaskVector
 from engine.attribution import attribute
@@ -38,6 +38,7 @@ __all__ = [
     "capture",
     "distributed",
     "evaluate",
+    "experiments",
     "fv",
     "generate",
     "groups",

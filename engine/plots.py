@@ -86,7 +86,7 @@ def by_layer(
     path: str | Path, lines: Mapping[str, Sequence[float]], without: Mapping[str, float], title: str = ""
 ) -> None:
     """Accuracy with a vector added after each layer, a line a kind of prompt; dashed: without the vector."""
-    figure, axes = _figure(7, 3.6)
+    figure, axes = _figure(7.0, 3.6)
     for color, (name, accuracies) in zip(("#0072B2", "#D55E00", "#009E73"), lines.items(), strict=False):
         axes.plot(range(len(accuracies)), accuracies, marker="o", markersize=3, color=color, label=name)
         axes.axhline(without[name], linestyle="--", linewidth=1, color=color, label=f"{name}, without")
@@ -99,7 +99,7 @@ def scores(path: str | Path, values: Mapping[str, Mapping[str, Sequence[float]]]
     """By task and way to ask: a bar at the mean over seeds, whiskers of one standard deviation, a dot a seed."""
     ways = list(dict.fromkeys(way for of_task in values.values() for way in of_task))
     n_bars = sum(len(of_task) for of_task in values.values())
-    figure, axes = _figure(8, 0.32 * (n_bars + len(values)) + 1.2)
+    figure, axes = _figure(8.0, 0.32 * (n_bars + len(values)) + 1.2)
     at, ticks, names = 0.0, [], []
     for task, of_task in values.items():
         for way, seeds in of_task.items():

@@ -72,4 +72,5 @@ def open_image(image: Any, index: int) -> Image.Image:
         with Image.open(Path(image)) as opened:
             return opened.convert("RGB")
     except (OSError, TypeError, UnidentifiedImageError) as error:
-        raise ValueError(f"image {index} cannot be read: {image!r:.80} ({error})") from error
+        named = str(image) if isinstance(image, str | Path) else f"{image!r:.80}"
+        raise ValueError(f"image {index} cannot be read: {named} ({error})") from error

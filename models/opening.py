@@ -62,7 +62,7 @@ def load(
             hf, tokenizer, processor = _from_folder_or_hub(hf.config._name_or_path, dtype, spread)
     elif str(name) == zoo.EYES:
         if spread:
-            raise ValueError(f"{zoo.EYES} is small and runs on one device: got {', '.join(spread)}")
+            raise ValueError(f"{zoo.EYES} goes to one device: got device_map={device_map!r}, tp_plan={tp_plan!r}")
         from models import eyes
 
         hf, processor = eyes.load(dtype)
@@ -138,6 +138,6 @@ def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, spread: dict[str, 
         if spread and isinstance(error, ValueError):
             raise ValueError(f"the model {str(name)!r} cannot be spread over devices as asked for: {reason}") from error
         raise FileNotFoundError(
-            f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, {zoo.EYES!r}, a folder with a transformers model, "
-            f"or the id of one on a hub that can be reached ({reason})"
+            f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, {zoo.EYES!r}, a folder with a transformers "
+            f"model, or the id of one on a hub that can be reached ({reason})"
         ) from error

@@ -20,6 +20,7 @@ def public():
     places = {
         "engine": (engine, engine.__all__),
         "engine.distributed": (engine.distributed, ["World", "joined"]),
+        "engine.experiments": (engine.experiments, engine.experiments.__all__),
         "engine.fv": (engine.fv, ["FunctionVector", "extract", "compose", "hits_by_layer"]),
         "engine.groups": (engine.groups, ["layers", "pairs", "cumulative"]),
         "engine.metrics": (engine.metrics, ["read_metric", "check_scores"]),
@@ -29,6 +30,9 @@ def public():
         "engine.naive": (engine.naive, ["patch"]),
         "engine.planning": (engine.planning, ["make_plan"]),
         "engine.tasks": (engine.tasks, engine.tasks.__all__),
+        "engine.tasks.easy_vqa": (engine.tasks.easy_vqa, ["load", "told"]),
+        "engine.tasks.two_way": (engine.tasks.two_way, ["two_way", "flowers", "cub", "fashion_mnist", "digits"]),
+        "engine.tasks.vqa": (engine.tasks.vqa, ["accuracy", "normalised", "first_line", "vizwiz", "okvqa"]),
         "models": (models, models.__all__),
     }
     found = {}

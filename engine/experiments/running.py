@@ -54,7 +54,9 @@ class Results:
         for (task, way), found in frame.groupby(["task", "way"], sort=False):
             row = {"task": str(task), "way": str(way)}
             for measure in shown:
-                row[MEASURES[measure]] = _cell(measure, found[measure].dropna().tolist(), int(found["queries"].iloc[0]))
+                row[MEASURES[measure]] = _cell(
+                    measure, found[measure].dropna().astype(float).tolist(), int(found["queries"].iloc[0])
+                )
             if "memory" in found:
                 row["memory counted"] = str(found["memory"].iloc[0])
             rows.append(row)
@@ -195,7 +197,7 @@ def _write(results: Results, tasks: Sequence[AnyTask], samples: dict[str, list[d
     name, folder, records = results.name, results.folder, results.records
     said = dict(
         experiment=name, model=results.model, options=asdict(results.options), tasks=[task.name for task in tasks],
-        records=records, table=results.rows(), versions=mtv._versions(),
+        records=records, table=results.rows(), versions=mtv.versions(),
     )  # fmt: skip
     write_whole(folder / "results.json", json.dumps(said, indent=1) + "\n")
     title, pictures = f"{name}, {results.model}", {}

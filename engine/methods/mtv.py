@@ -218,7 +218,7 @@ def extract(
         steps=steps,
         validation_loss=validation_loss,
         losses=search.losses,
-        versions=_versions(),
+        versions=versions(),
     )
     return TaskVector(mask, means.detach().float().cpu(), search.probabilities(), metadata)
 
@@ -489,7 +489,7 @@ def _identity(
     return dict(settings, model=model.name, shape=asdict(model.shape), data=digest.hexdigest()[:16])
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("headpatch", "torch", "transformers"):
         try:
