@@ -138,6 +138,6 @@ def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, spread: dict[str, 
         if spread and isinstance(error, ValueError):
             raise ValueError(f"the model {str(name)!r} cannot be spread over devices as asked for: {reason}") from error
         raise FileNotFoundError(
-            f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, {zoo.EYES!r}, a folder with a transformers "
-            f"model, or the id of one on a hub that can be reached ({reason})"
+            f"cannot open the model {str(name)!r}: expected {zoo.SMOLLM2!r}, {zoo.EYES!r}, a folder with a "
+            f"transformers model, or the id of one on a hub that can be reached ({reason})"
         ) from error

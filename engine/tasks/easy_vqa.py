@@ -15,9 +15,9 @@ COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 SHAPES = ("circle", "rectangle", "triangle")
 # What a question of the task says, up to its answer.
 TEXT = {
-    "colour": "<image> Colour:",
-    "shape": "<image> Shape:",
-    "yes_no": "<image> Question: {question} Answer:",
+    "colour": "Q: <image> Colour?\nA:",
+    "shape": "Q: <image> Shape?\nA:",
+    "yes_no": "Q: <image> {question}\nA:",
 }
 LABELS = {"colour": COLOURS, "shape": SHAPES, "yes_no": ("yes", "no")}
 
@@ -49,7 +49,8 @@ def load(kind: Kind, folder: str | Path | None = None) -> PictureTask:
         raise ValueError(f"there is no easy-VQA task {kind!r}: expected one of {', '.join(get_args(Kind))}")
     data = _package() if folder is None else Path(folder)
     labels = tuple(f" {label}" for label in LABELS[kind])
-    return PictureTask(f"easy_vqa_{kind}", _part(kind, data / "train"), _part(kind, data / "test"), labels)
+    train, test = _part(kind, data / "train"), _part(kind, data / "test")
+    return PictureTask(f"easy_vqa_{kind}", train, test, labels, separator="\n\n")
 
 
 def told(question: str, answer: str) -> dict[str, str]:

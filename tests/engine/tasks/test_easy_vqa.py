@@ -56,9 +56,11 @@ def test_labels_and_prompts(tmp_path):
     colour, shape, yes_no = (tasks.load(f"easy_vqa_{kind}", folder) for kind in ("colour", "shape", "yes_no"))
     assert [question.answer for question in colour.train] == [" red", " teal"]  # nothing says what the third is
     assert [question.answer for question in shape.train] == [" circle", " triangle", " rectangle"]
-    assert colour.example(colour.test[1], colour.train[:1]).prompt.text == "<image> Colour: red\n<image> Colour:"
+    assert colour.example(colour.test[1], colour.train[:1]).prompt.text == (
+        "Q: <image> Colour?\nA: red\n\nQ: <image> Colour?\nA:"
+    )
     assert shape.example(shape.test[1]).prompt.images == (str(tmp_path / "test" / "images" / "1.png"),)
-    assert yes_no.train[0].text == "<image> Question: is there not a red shape? Answer:"
+    assert yes_no.train[0].text == "Q: <image> is there not a red shape?\nA:"
     assert [question.answer for question in yes_no.train] == [" no", " no", " no", " yes", " yes"]
 
 
