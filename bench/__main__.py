@@ -22,6 +22,7 @@ from bench import estimators as estimators_case
 from bench import exactness as exactness_case
 from bench import families as families_case
 from bench import memory as memory_case
+from bench import pictures as pictures_case
 from bench import records as records_of
 from bench import report
 from bench import search as search_case
@@ -177,6 +178,17 @@ def sweeps(model: str = "smollm2-135m", task: str = "antonyms", prompts: int = 2
     result = sweeps_case.measure(models.load(model), task, prompts=prompts, rounds=rounds)
     out.print(sweeps_case.table(result))
     _record("sweeps", [result])
+
+
+@app.command()
+def pictures(model: str = "smollm2-eyes", rounds: int = 5) -> None:
+    """32 rollouts on a prompt of three pictures against 32 naive forwards."""
+    result = pictures_case.measure(models.load(model), rounds=rounds)
+    table = Table(show_header=False, title=f"32 rollouts, three pictures, {model}")
+    for key, value in result.items():
+        table.add_row(key, sweeps_case.number(value))
+    out.print(table)
+    _record("pictures", [result])
 
 
 @app.command()

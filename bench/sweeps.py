@@ -159,12 +159,12 @@ def table(result: dict[str, Any]) -> Table:
     shown = Table(show_header=False, title=f"sweep of single heads: {result['task']}")
     for part in ("sweep", "layered", "attribution"):
         for key, value in result[part].items():
-            shown.add_row(part, key, _number(value))
+            shown.add_row(part, key, number(value))
         shown.add_section()
     return shown
 
 
-def _number(value: float | dict[str, float]) -> str:
+def number(value: float | dict[str, float]) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
     if isinstance(value, int):
