@@ -28,13 +28,20 @@ def prompt(questions):
 
 @pytest.mark.parametrize("strategy", ["auto", "packed", "expanded"])
 def test_rows_are_those_of_naive(eyes, prompt, strategy):
-    """Within what float32 is good for on these weights."""
+    """float32 itself is 2e-4 from float64 on these weights."""
     torch.manual_seed(0)
-    masks, values = torch.rand(4, 30, 9) < 0.3, torch.randn(30, 9, 64) * 0.1
-    given = dict(heads=masks, values=values)
+    given = dict(heads=torch.rand(3, 30, 9) < 0.3, values=torch.randn(30, 9, 64) * 0.1)
     got, want = engine.patch(eyes, prompt, **given, strategy=strategy), engine.naive.patch(eyes, prompt, **given)
-    torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
     assert (got[0] - got[1]).abs().max() > 0.01
+
+
+def test_in_float64(prompt):
+    model = models.load("smollm2-eyes", dtype=torch.float64)
+    torch.manual_seed(0)
+    given = dict(heads=torch.rand(2, 30, 9) < 0.3, values=torch.randn(30, 9, 64, dtype=torch.float64) * 0.1)
+    got, want = engine.patch(model, prompt, **given), engine.naive.patch(model, prompt, **given)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
 
 
 def test_the_tower_runs_once_for_all_rows(eyes, prompt):
