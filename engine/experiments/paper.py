@@ -189,10 +189,10 @@ def _answer(s: Setting, example: Example, way: Way) -> None:
         patch(s.model, example.prompt, **patched).argmax(dim=-1).tolist()
 
 
-def _kept_bytes(s: Setting, tokens: float, way: Way) -> float:
+def _kept_bytes(s: Setting, tokens: int | float, way: Way) -> float:
     shape, size = s.model.shape, s.model.dtype.itemsize
     keys_and_values = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * size * tokens
-    return keys_and_values + (0 if way.mask is None else int(way.mask.sum()) * shape.head_dim * size)
+    return float(keys_and_values + (0 if way.mask is None else int(way.mask.sum()) * shape.head_dim * size))
 
 
 EXPERIMENTS: dict[str, Callable[[Setting], list[Record]]] = {

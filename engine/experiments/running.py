@@ -68,7 +68,7 @@ def _shown(record: Record) -> str:
     return f"{record['accuracy']:.2f}" if "accuracy" in record else f"{record['milliseconds']:.0f} ms"
 
 
-def _cell(measure: str, values: list[float], queries: int) -> str:
+def _cell(measure: str, values: Sequence[int | float], queries: int) -> str:
     """0.85 ± 0.03; of one seed 0.85 (0.77-0.91), the 95% Wilson interval (wide for scores between 0 and 1)."""
     if not values:
         return ""

@@ -43,7 +43,7 @@ def load(kind: Kind, folder: str | Path | None = None) -> PictureTask:
 
     >>> task = engine.tasks.load("easy_vqa_shape")
     >>> task.example(task.test[0]).prompt.text, task.labels
-    ('<image> Shape:', (' circle', ' rectangle', ' triangle'))
+    ('Q: <image> Shape?\\nA:', (' circle', ' rectangle', ' triangle'))
     """
     if kind not in get_args(Kind):
         raise ValueError(f"there is no easy-VQA task {kind!r}: expected one of {', '.join(get_args(Kind))}")

@@ -153,8 +153,8 @@ def test_each_image_counts(family, model):
     if family not in SEES_AHEAD:
         alone = run(first)
         n = alone.shape[1]
-        torch.testing.assert_close(got[:, :n], want[:, :n])
-        torch.testing.assert_close(got[:, :n], alone)
+        torch.testing.assert_close(got[:, :n], want[:, :n], atol=5e-5, rtol=0)  # half of what must differ after it
+        torch.testing.assert_close(got[:, :n], alone, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", IMAGE_TEXT)

@@ -417,7 +417,8 @@ def test_a_replayed_step_searches_alike(model, monkeypatch):
     """The pass that a GPU records, run over the same buffers: the same losses, for prompts of any length."""
     means = engine.mean_activations(model, ["Q: hot\nA:", "Q: big\nA:"], progress=False)
     examples = [Example("Q: hot\nA:", 5), Example("Q: a longer one\nA:", 7)]
-    options = dict(steps=6, rollouts=8, progress=False)
+    # Few steps: a head drawn alike in all rollouts has a gradient of pure rounding, which Adam turns into a full step.
+    options = dict(steps=4, rollouts=8, progress=False)
     want = engine.mtv.extract(model, examples, means, **options)
     used = []
 
