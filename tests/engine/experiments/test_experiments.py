@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -408,9 +409,9 @@ def test_cells():
         dict(task="t", seed=seed, way="a", accuracy=accuracy, within=None, tokens=3.0, queries=10)
         for seed, accuracy in enumerate((0.2, 0.4))
     ]
-    several = Results("main", "m", SMALL, records, None).rows()
+    several = Results("main", "m", SMALL, records, Path()).rows()
     assert several == [{"task": "t", "way": "a", "accuracy": "0.30 ± 0.14", "tokens a query": "3.0"}]
-    one = Results("main", "m", SMALL, records[:1], None).rows()
+    one = Results("main", "m", SMALL, records[:1], Path()).rows()
     assert one[0]["accuracy"] == "0.20 (0.06-0.51)"  # 2 of 10, Wilson
 
 
