@@ -6,6 +6,7 @@ that is a fair share of its time.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ from torch import Tensor
 
 @torch.no_grad()
 def patched_logits(
-    hf: Any, projections: list[Any], ids: Tensor, mask: Tensor, values: Tensor, position: int = -1
+    hf: Any,
+    projections: list[Any],
+    ids: Tensor,
+    mask: Tensor,
+    values: Tensor,
+    position: int = -1,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Last-token logits with masked heads replaced at one position: mask [L, H], values [L, H, D]."""
+    """Last-token logits with masked heads replaced at one position: mask [L, H], values [L, H, D]. inputs: pixels."""
 
     def hook(layer: int) -> Any:
         def pre(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -28,7 +35,9 @@ def patched_logits(
 
     handles = [p.register_forward_pre_hook(hook(layer)) for layer, p in enumerate(projections)]
     try:
-        return hf(input_ids=ids[None]).logits[0, -1].clone()  # a view would keep the logits of all tokens
+        return (
+            hf(input_ids=ids[None], **(inputs or {})).logits[0, -1].clone()
+        )  # a view would keep the logits of all tokens
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from engine.intervention import read_patch
 from engine.planning import MAX_TOKENS
 from engine.prefix import Prefix, as_prefix
 from engine.progress import track
-from engine.runner import segment
+from engine.runner import segments
 from models import Model, PromptLike
 from models.shapes import Float
 
@@ -134,6 +134,5 @@ def _capture(model: Model, few: Group) -> Float[Tensor, "some positions layers h
     if plain:
         model.forward(few[0][0].tokens[None], keep, inputs=few[0][0].prompt.inputs)
     else:
-        segments = [segment(p, s, 1) for (p, _), s in zip(few, starts, strict=True)]
-        model.pack(segments, keep, logits=False)
+        model.pack(segments([p for p, _ in few], starts, 1), keep, logits=False)
     return model.all_heads(torch.stack([z.to(model.device) for z in kept], dim=2), -2)

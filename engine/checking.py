@@ -20,7 +20,8 @@ from models import Model, UnsupportedModelError
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5}
 COARSE = 0.05  # half precision: only gross errors show
 
-_differences: dict[tuple[str, str], float] = {}
+# By architecture, strategy, and whether the prompt had images.
+_differences: dict[tuple[str, str, bool], float] = {}
 
 
 def check_once(model: Model, prompt: Prefix, strategy: Strategy = "auto") -> None:
@@ -58,7 +59,7 @@ def check_layered(model: Model, prompt: Prefix, strategy: Strategy) -> None:
 
 def _wrong(model: Model, prompt: Prefix, strategy: Strategy) -> str:
     """How far one row is from naive, if that is more than rounding; empty if it is not."""
-    key = (model.architecture, strategy)
+    key = (model.architecture, strategy, bool(prompt.prompt.inputs))
     if key not in _differences:
         _differences[key] = difference(model, prompt, strategy)
     if _differences[key] <= TOLERANCE.get(model.dtype, COARSE):

@@ -14,7 +14,7 @@ from engine.intervention import Heads, Mode, Patch, Steering, read_patch
 from engine.patching import make_plans
 from engine.planning import MAX_TOKENS, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
-from engine.runner import make_edit, make_steer, run, segment
+from engine.runner import make_edit, make_steer, run, segments
 from models import Model, Segment, UnsupportedModelError
 
 
@@ -107,18 +107,18 @@ def _decode_together(
     its own; the prompt's are shared.
     """
     answers = [[_Answer(model, stop) for _ in range(patch.n_rows)] for _ in prompts]
-    segments = [segment(prompt, len(prompt.tokens) - 1, patch.n_rows) for prompt in prompts]
+    packed = segments(prompts, [len(prompt.tokens) - 1 for prompt in prompts], patch.n_rows)
     live = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        edit, steer = make_edit(model, patch, [0], 1, len(segments)), make_steer(patch, [0], len(segments))
-        out = model.pack(segments, edit, keep=True, steer=steer)
+        edit, steer = make_edit(model, patch, [0], 1, len(packed)), make_steer(patch, [0], len(packed))
+        out = model.pack(packed, edit, keep=True, steer=steer)
         tokens = out.logits.argmax(dim=-1)  # [prompts, rows]
         going = []
         for index, (prompt_index, row) in enumerate(zip(live, tokens.tolist(), strict=True)):
             unfinished = [answer.take(token) for answer, token in zip(answers[prompt_index], row, strict=True)]
             if any(unfinished):
                 going.append(index)
-        segments = [Segment(out.contexts[i], tokens[i][:, None], out.rows[i]) for i in going]
+        packed = [Segment(out.contexts[i], tokens[i][:, None], out.rows[i]) for i in going]
         live = [live[i] for i in going]
         if not live:
             break

@@ -107,13 +107,21 @@ def _ready(prompt: Prefix, plan: Plan) -> Prefix:
     return compute([prompt], [plan.split])[0]
 
 
-def segment(prompt: Prefix, split: int, n_rows: int) -> Segment:
-    """Rows of a prompt from token `split` on. A context not computed yet rides along, unless it has pixels."""
-    if prompt.prompt.inputs:
-        prompt = compute([prompt], [split])[0]
-    ready = split and split <= len(prompt.cache)
-    context = prompt.cache[:split] if ready else prompt.tokens[:split]
-    return Segment(context, prompt.tokens[split:].expand(n_rows, -1))
+def segments(prompts: Sequence[Prefix], splits: Sequence[int], n_rows: int) -> list[Segment]:
+    """Rows of each prompt from token `split` on. A context not computed yet rides along; one with images only if it is
+    the only one, on a model that packs them.
+    """
+    found = []
+    for prompt, split in zip(prompts, splits, strict=True):
+        inputs = prompt.prompt.inputs
+        if inputs and not (len(prompts) == 1 and prompt.model.packs_images(prompt.prompt)):
+            prompt = compute([prompt], [split])[0]
+        rows = prompt.tokens[split:].expand(n_rows, -1)
+        if split and split <= len(prompt.cache):
+            found.append(Segment(prompt.cache[:split], rows))
+        else:
+            found.append(Segment(prompt.tokens[:split], rows, inputs=inputs))
+    return found
 
 
 def _alike(plan: Plan) -> tuple[int, ...] | None:
@@ -139,11 +147,11 @@ def _few(prompts: list[tuple[Prefix, Plan]]) -> Iterator[list[tuple[Prefix, Plan
 
 def _packed(model: Model, patch: Patch, group: list[tuple[Prefix, Plan]]) -> list[Tensor]:
     """Several prompts with all their rows: prefixes not yet computed ride along in the same forward."""
-    segments = [segment(prompt, plan.split, patch.n_rows) for prompt, plan in group]
+    packed = segments([prompt for prompt, _ in group], [plan.split for _, plan in group], patch.n_rows)
     plan = group[0][1]
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
     edit = make_edit(model, patch, tail, plan.n_tokens - plan.split, len(group))
-    return list(model.pack(segments, edit, steer=make_steer(patch, tail, len(group))).logits)
+    return list(model.pack(packed, edit, steer=make_steer(patch, tail, len(group))).logits)
 
 
 def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
@@ -179,7 +187,8 @@ def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Te
     for start in range(0, plan.n_rows, plan.rows_per_pass):
         some = order[start : start + plan.rows_per_pass]
         rows = with_unpatched(patch.select(some))
-        one = replace(segment(prompt, plan.split, rows.n_rows), entry=(0, *(entry[i] for i in some)))
+        (one,) = segments([prompt], [plan.split], rows.n_rows)
+        one = replace(one, entry=(0, *(entry[i] for i in some)))
         edit = make_edit(model, rows, tail, plan.n_tokens - plan.split)
         found = model.pack([one], edit, steer=make_steer(rows, tail)).logits[0][1:]
         for index, row in zip(some, found, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.images import fit, image_marker, read_images
+from models.images import PER_TOKEN, fit, image_marker, read_images
 from models.interface import (
     IMAGE,
     Edit,
@@ -207,6 +207,7 @@ class HuggingFace:
         last = slice(layout.first_row + step - 1, None if logits else 0, step)
         n_rows = -1 if layout.entry else n_segments * layout.n_rows
         where = (layout.first_row, n_rows, layout.n_tokens)
+        images: dict[str, Any] = dict(segments[0].inputs)
         with (
             self._running(),
             packed_attention(self.config, layout),
@@ -220,9 +221,15 @@ class HuggingFace:
                 position_ids=layout.positions(self.device),
                 use_cache=False,
                 logits_to_keep=last,
+                **images,
             )
         rows = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
         return Packed(rows, layout.contexts, layout.rows) if keep else Packed(rows)
+
+    def packs_images(self, prompt: Encoded) -> bool:
+        """Where a token counts by its id and its place alone: no token types, one place a token."""
+        remembered = any(hasattr(module, "rope_deltas") for module in self._modules)
+        return not remembered and not any(name in PER_TOKEN for name in prompt.inputs)
 
     def project(self, layer: int, z: Float[Tensor, "... heads head_dim"]) -> Float[Tensor, "... heads d_model"]:
         projection, z = self.projections[layer], z.to(self.device, self.dtype)

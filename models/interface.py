@@ -126,6 +126,7 @@ class Segment:
     entry:   the layers at which the rows come in, ascending, the first at 0; () for all at 0. A later one comes in as a
              copy of the first as it stands before that layer: what nobody changes before need not be computed twice.
              All rows have the same ids.
+    inputs:  what belongs to the images of a context computed in this pass, of `Encoded.inputs`.
     """
 
     context: Int[Tensor, " context"] | KeyValues
@@ -133,6 +134,7 @@ class Segment:
     past: KeyValues | None = None
     length: Int[Tensor, ""] | None = None
     entry: tuple[int, ...] = ()
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def n_context(self) -> int:
@@ -238,9 +240,13 @@ class Model(Protocol):
     ) -> Packed:
         """All rows of all segments in one sequence. Segments have equally many rows of equal length;
         `edit` sees z [segments * rows, tokens, heads, head_dim], never the contexts'. A segment with `entry` is alone;
-        `edit` then sees the rows that are in.
+        `edit` then sees the rows that are in. One with `inputs` is alone, and for models that pack images.
         keep: return keys and values; logits: project to the vocabulary (else `logits` has no rows).
         """
+        ...
+
+    def packs_images(self, prompt: Encoded) -> bool:
+        """Whether `pack` can compute this prompt's images in the pass of its rows, exactly."""
         ...
 
     def project(self, layer: int, z: Float[Tensor, "... heads head_dim"]) -> Float[Tensor, "... heads d_model"]:

@@ -91,6 +91,9 @@ class TransformerLens(HuggingFace):
         dense.keep(layout, cache)
         return Packed(rows, layout.contexts, layout.rows)
 
+    def packs_images(self, prompt: Encoded) -> bool:
+        return False  # the dense mask stands in for the model's own, images are prefilled with that
+
     def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
         if len(prompts) > 1 and sum(lengths) > PREFILL_TOKENS:
             return [self._prefill_one(prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]

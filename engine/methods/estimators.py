@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 from engine.checking import check_once
 from engine.prefix import Prefix
-from engine.runner import segment
+from engine.runner import segments
 from models import Edit, Model, UnsupportedModelError
 from models.shapes import Float
 
@@ -58,8 +58,8 @@ def gated_logits(
     check_once(model, prompts[0])
     rollouts = gates.shape[1]
     if not (model.packing_refused or model.sharing_refused):
-        segments = [segment(prompt, len(prompt.tokens) - 1, rollouts) for prompt in prompts]
-        return model.pack(segments, gated(model, gates.flatten(0, 1), means)).logits
+        packed = segments(prompts, [len(prompt.tokens) - 1 for prompt in prompts], rollouts)
+        return model.pack(packed, gated(model, gates.flatten(0, 1), means)).logits
     logits = []
     for prompt, rows in zip(prompts, gates, strict=True):
         split = 0 if model.sharing_refused else len(prompt.tokens) - 1

@@ -108,7 +108,7 @@ def test_a_model_on_which_it_is_wrong(random, draw, monkeypatch):
     """The first-time check sees it: auto warns and packs, a named strategy raises."""
     model = models.wrap(zoo.tiny("llama"))
     monkeypatch.setattr(
-        checking, "_differences", {(model.architecture, "packed"): 0, (model.architecture, "layered"): 1}
+        checking, "_differences", {(model.architecture, "packed", False): 0, (model.architecture, "layered", False): 1}
     )
     heads = torch.zeros(50, model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
     heads[:, -1, 0] = True

@@ -65,6 +65,24 @@ def test_the_vision_tower_runs_once_for_32_rows(seeing, draw, family):
         handle.remove()
 
 
+@pytest.mark.parametrize("family", SHARING)
+def test_images_and_rows_take_one_pass(seeing, draw, family):
+    """Where a token counts by its id and its place alone; Gemma3 has token types, the Qwen family places of its own."""
+    model = seeing(family)
+    heads, values = draw(model, rows=3)
+    prompt = Prompt("<image> one, <image> two, <image> which?\nA:", tuple(picture(i) for i in range(3)))
+    engine.patch(model, prompt, heads=heads[:1], values=values)  # met for the first time, it is checked
+    passes = []
+    handle = model.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        got = engine.patch(model, prompt, heads=heads, values=values)
+    finally:
+        handle.remove()
+    two = family == "gemma3_vl" or family.startswith("qwen")
+    assert len(passes) == (2 if two else 1)
+    torch.testing.assert_close(got, engine.naive.patch(model, prompt, heads=heads, values=values), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("family", tiny.IMAGE_TEXT)
 def test_agrees_with_plain_transformers(seeing, draw, family):
     """The oracle itself, against hooks on the processor's own inputs."""
