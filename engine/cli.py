@@ -26,7 +26,7 @@ from engine import plots, tasks
 from engine.artifacts import write_whole
 from engine.distributed import LostRankError, joined
 from engine.evaluation import Score, wilson
-from engine.experiments import DATA_SETS, EXPERIMENTS, Options
+from engine.experiments import DATA_SETS, EXPERIMENTS, Options, default_shots
 from engine.experiments import run as run_experiment
 from engine.methods import mtv
 from engine.methods.estimators import Estimator
@@ -41,7 +41,7 @@ def plain_errors() -> Iterator[None]:
     """What a user can mend is told in one line, without a traceback; by every rank that has something to say."""
     try:
         yield
-    except (ValueError, TypeError, IndexError, OSError, LostRankError) as error:
+    except (ValueError, TypeError, IndexError, OSError, ImportError, LostRankError) as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         Console(stderr=True).print(f"{rank}[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -288,7 +288,7 @@ def experiment(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Of the split, the prompts and the search: 0, 1, ...")] = 5,
     shots: Annotated[
-        int | None, typer.Option(help="Demonstrations; default 8, and 4 for vizwiz and okvqa, 0 for flowers and cub.")
+        int | None, typer.Option(help="Demonstrations; default 8, 4 for vizwiz and okvqa, 0 for 2-way tasks.")
     ] = None,
     examples: Annotated[int, typer.Option(help="Prompts behind the means, and examples to search on.")] = 100,
     steps: Annotated[int, typer.Option(help="Of a search.")] = 100,
@@ -306,9 +306,10 @@ def experiment(
             raise ValueError(f"no experiment {name!r}: expected one of {', '.join(EXPERIMENTS)}")
         if name in DATA_SETS and (task or data is None):
             raise ValueError(f"experiment {name!r} is on its own data: expected --data FOLDER, and no --task")
-        options = Options(seeds, DATA_SETS.get(name, 8) if shots is None else shots, examples, steps, queries)
         names = [name] if name in DATA_SETS else task or ["easy_vqa_colour", "easy_vqa_shape"]
         opened = [tasks.load(one, data) for one in names]
+        shots = default_shots(name, opened) if shots is None else shots
+        options = Options(seeds, shots, examples, steps, queries)
         folder = Path("out") / name if folder is None else folder
         make_folder(folder)
         results = run_experiment(

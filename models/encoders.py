@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.huggingface import HuggingFace, find_blocks, find_projections, read_eos
+from models.anatomy import find_blocks, find_projections, read_eos
+from models.huggingface import HuggingFace
 from models.images import open_image
 from models.interface import Edit, Encoded, Prompt, PromptLike, Shape, UnsupportedModelError
 

@@ -41,8 +41,8 @@ def load(
 
     Raises FileNotFoundError if there is no such model, or it cannot be fetched; UnsupportedModelError if its layout
     is unknown, or its heads cannot be shared out evenly over the processes; ValueError for options that exclude each
-    other, or tp_plan in a process that was started alone; ImportError naming the extra to install for a backend that
-    is not there.
+    other, or tp_plan in a process that was started alone; ImportError naming the extra to install for a backend, or
+    for an image-text model's processor, that is not there.
 
     >>> models.load("smollm2-135m").shape.n_layers
     30
@@ -126,13 +126,20 @@ def _from_folder_or_hub(name: str | Path, dtype: torch.dtype, spread: dict[str, 
 
     try:
         if type(AutoConfig.from_pretrained(name)) in AutoModelForImageTextToText._model_mapping:
-            hf = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **spread)
-            return hf, None, AutoProcessor.from_pretrained(name)
+            processor = AutoProcessor.from_pretrained(name)  # before the weights: it may lack a library
+            return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, **spread), None, processor
         return (
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **spread),
             AutoTokenizer.from_pretrained(name),
             None,
         )
+    except ImportError as error:
+        if "torchvision" not in str(error).lower():
+            raise
+        raise ImportError(
+            f"the processor of {str(name)!r} needs torchvision, the version for torch {torch.__version__}: "
+            "pip install 'headpatch[vision]'"
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         if spread and isinstance(error, ValueError):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.experiments.setting import ANSWER_TOKENS, VALIDATION, Record, Setting, Way
+from engine.experiments.setting import ANSWER_TOKENS, VALIDATION, AnyTask, Record, Setting, Way, brings_pair
 from engine.generation import generate
 from engine.methods import function_vectors, vtv
 from engine.patching import patch
@@ -137,10 +137,11 @@ def scaling(s: Setting) -> list[Record]:
     for count in counts:
         vector = s.vector(f"of-{count}", prompts[:count])
         ways.append(Way(f"{base} + MTV of {count}", vector.mask, vector.values))
-    zero_shot, *patched = s.ask(s.queries(0), [Way(base), *ways])
+    chance = s.random_heads(vector, f"{base} + random heads, means of {count}")
+    zero_shot, *patched, random_heads = s.ask(s.queries(0), [Way(base), *ways, *chance])
     for record, count in zip(patched, counts, strict=True):
         record["examples"] = count
-    return [zero_shot, *_few_shot(s), *patched]
+    return [zero_shot, *_few_shot(s), *patched, random_heads]
 
 
 def cost(s: Setting) -> list[Record]:
@@ -209,5 +210,11 @@ EXPERIMENTS: dict[str, Callable[[Setting], list[Record]]] = {
     "flowers": main,
     "cub": main,
 }
-# Their shots, as in the paper: the 2-way tasks ask with their pair alone.
-DATA_SETS = {"vizwiz": 4, "okvqa": 4, "flowers": 0, "cub": 0}
+DATA_SETS = ("vizwiz", "okvqa", "flowers", "cub")
+
+
+def default_shots(name: str, tasks: Sequence[AnyTask]) -> int:
+    """As in the paper: four for VizWiz and OK-VQA, none where every question brings its own pair; else eight."""
+    if name in ("vizwiz", "okvqa"):
+        return FOUR
+    return 0 if all(map(brings_pair, tasks)) else 8

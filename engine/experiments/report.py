@@ -26,11 +26,12 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
        padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { border-bottom: 1px solid #ccc; padding: .3rem .8rem; text-align: left; font-variant-numeric: tabular-nums; }
+td:nth-child(n+3) { white-space: nowrap; }
 thead th { border-bottom: 2px solid #555; }
 figure { margin: 1.5rem 0; }
 figure img { max-width: 100%; height: auto; }
 figcaption, caption { color: #444; text-align: left; }
-.questions { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; padding: 0; }
+.questions { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem; padding: 0; }
 .questions li { list-style: none; border: 1px solid #ccc; border-radius: .4rem; padding: .7rem; }
 .questions img { image-rendering: auto; margin-right: .3rem; }
 .questions p { margin: .4rem 0; overflow-wrap: anywhere; white-space: pre-line; }

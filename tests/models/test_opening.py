@@ -1,6 +1,7 @@
 """Models opened by name, from folders, by every backend; what cannot be opened is told plainly."""
 
 import builtins
+import importlib.util
 import sys
 
 import pytest
@@ -83,3 +84,15 @@ def test_a_missing_library_names_its_extra(folder, monkeypatch, backend, library
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=rf"headpatch\[{extra}\]"):
         models.load(folder, backend=backend)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_that_needs_torchvision(tmp_path, monkeypatch):
+    """It is told before the weights are read."""
+    from transformers import AutoModelForImageTextToText
+
+    tiny.tiny("qwen2_vl").save_pretrained(tmp_path)
+    tiny.tiny_processor("qwen2_vl").save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights read"))
+    with pytest.raises(ImportError, match=r"needs torchvision.*headpatch\[vision\]"):
+        models.load(tmp_path)

@@ -16,7 +16,7 @@ import models
 from bench.families import wrapped
 from engine import naive
 from engine.cli import app
-from engine.experiments import EXPERIMENTS, Options, Results, paper, report, run
+from engine.experiments import EXPERIMENTS, Options, Results, default_shots, paper, report, run, running
 from engine.experiments.setting import Setting, Way
 from engine.methods import mtv
 from engine.tasks import Pair, Task
@@ -217,7 +217,8 @@ WAYS = {
     "one_shot": {"1-shot", "1-shot + MTV", "1-shot + random heads", "4-shot ICL", "zero-shot",
                  "zero-shot + MTV of one 4-shot prompt", "zero-shot + random heads, one 4-shot prompt"},
     "order": {"zero-shot", "2-shot ICL", "zero-shot + MTV", "zero-shot + random heads"},
-    "scaling": {"zero-shot", "2-shot ICL", "zero-shot + MTV of 1", "zero-shot + MTV of 4"},
+    "scaling": {"zero-shot", "2-shot ICL", "zero-shot + MTV of 1", "zero-shot + MTV of 4",
+                "zero-shot + random heads, means of 4"},
     "cost": {"zero-shot", "2-shot ICL", "zero-shot + MTV"},
 }  # fmt: skip
 
@@ -256,6 +257,21 @@ def test_pairs_are_the_one_shot_of_two_way_tasks(seeing, tmp_path, name):
     results = ran(name, seeing(), [two_way_task()], tmp_path, replace(SMALL, shots=0))
     assert not [way for way in ways(results) if "zero-shot" in way]
     assert "1-shot" in ways(results)
+
+
+def test_a_label_said_again_and_again_is_an_answer(setting, monkeypatch):
+    texts = iter([" red red red", "reddish", " blue\n", ""])
+    monkeypatch.setattr("engine.experiments.running.generate", lambda _, prompts, **__: [next(texts) for _ in prompts])
+    only = replace(setting, options=replace(SMALL, shots=0, queries=2))
+    assert running._samples(only) == [
+        {"zero-shot": "red", "zero-shot + MTV": "blue"}, {"zero-shot": "reddish", "zero-shot + MTV": ""},
+    ]  # fmt: skip
+
+
+def test_shots_are_those_of_the_paper():
+    one, pairs = picture_task(), two_way_task()
+    found = [default_shots(*case) for case in (("vizwiz", [one]), ("cub", [pairs]), ("main", [pairs, one]))]
+    assert found == [4, 0, 8]
 
 
 def test_transfer_is_over_ordered_pairs(seeing, tmp_path):
