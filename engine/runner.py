@@ -27,7 +27,7 @@ def run(
         if grad:  # the prefix does not depend on the values: no graph is kept for it
             prompts = [_ready(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
         logits: list[Tensor] = []
-        for packed, group in groupby(zip(prompts, plans, strict=True), key=lambda one: _alike(one[1])):
+        for packed, group in groupby(zip(prompts, plans, strict=True), key=lambda one: _alike(patch, one[1])):
             if packed is None:
                 logits += [_single(model, patch, prompt, plan) for prompt, plan in group]
             else:
@@ -124,11 +124,15 @@ def segments(prompts: Sequence[Prefix], splits: Sequence[int], n_rows: int) -> l
     return found
 
 
-def _alike(plan: Plan) -> tuple[int, ...] | None:
-    """Plans with equal keys can share a packed forward; None: this one runs alone."""
+def _alike(patch: Patch, plan: Plan) -> tuple[int, ...] | None:
+    """Plans with equal keys can share a packed forward; None: this one runs alone.
+
+    Rows of equal length, patched at the same tokens of it: counted from either end, positions may coincide in one
+    prompt and not in another.
+    """
     if plan.strategy != "packed" or plan.rows_per_pass < plan.n_rows:
         return None
-    return (plan.n_tokens - plan.split,)
+    return (plan.n_tokens - plan.split, *(p - plan.split for p in patch.at(plan.n_tokens)))
 
 
 def _few(prompts: list[tuple[Prefix, Plan]]) -> Iterator[list[tuple[Prefix, Plan]]]:

@@ -214,7 +214,11 @@ DATA_SETS = ("vizwiz", "okvqa", "flowers", "cub")
 
 
 def default_shots(name: str, tasks: Sequence[AnyTask]) -> int:
-    """As in the paper: four for VizWiz and OK-VQA, none where every question brings its own pair; else eight."""
+    """As in the paper: four for VizWiz and OK-VQA, none where every question brings its own pair; else eight.
+
+    >>> engine.experiments.default_shots("main", [engine.tasks.load("antonyms")])
+    8
+    """
     if name in ("vizwiz", "okvqa"):
         return FOUR
     return 0 if all(map(brings_pair, tasks)) else 8

@@ -28,6 +28,15 @@ def test_agrees_with_naive(tiny, draw, random, family, strategy, n_tokens):
     exact(engine.patch(model, prompt, heads=heads, values=values, strategy=strategy), want)
 
 
+@pytest.mark.parametrize("mode", ["replace", "add"])
+def test_positions_that_coincide_in_one_of_several_prompts(model, draw, random, mode):
+    """The last but one and token 11 are one token of 13, and two of 12: tails as long, patched at other tokens."""
+    heads, values = draw(model, rows=3)
+    prompts = [torch.randint(97, (n,), generator=random) for n in (12, 13)]
+    options = dict(heads=heads, values=values, positions=[-2, 11], mode=mode)
+    exact(engine.patch(model, prompts, **options), engine.naive.patch(model, prompts, **options))
+
+
 @pytest.mark.parametrize(("family", "strategy"), PAIRS)
 @pytest.mark.parametrize("positions", [0, 3, [-1, 4], [0, -1], list(range(11)), [-2, -2, 9]])
 @pytest.mark.parametrize("mode", ["replace", "add"])
