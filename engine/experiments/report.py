@@ -80,12 +80,16 @@ def _table(rows: Sequence[Mapping[str, str]], seeds: int) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in rows[0])
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
     spread = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed, with 95% intervals"
-    return f"<table><caption>{spread}.</caption><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    scored = "Scores are of an answer's first token, with open answers the VQA accuracy of its text."
+    return (
+        f"<table><caption>{spread}. {scored}</caption><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    )
 
 
 def _questions(task: str, asked: Sequence[tuple[Any, Mapping[str, str]]]) -> str:
     items = "\n".join(_question(question, answers) for question, answers in asked)
-    return f'<h2>Held-out questions: {escape(task)}</h2>\n<ul class="questions">\n{items}\n</ul>\n'
+    head = f"<h2>Held-out questions: {escape(task)}</h2>\n<p>What each way writes; right answers are marked.</p>"
+    return f'{head}\n<ul class="questions">\n{items}\n</ul>\n'
 
 
 def _question(question: Any, answers: Mapping[str, str]) -> str:
