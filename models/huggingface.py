@@ -28,6 +28,7 @@ from models.interface import (
 )
 from models.linear import onednn_layers, onednn_linear
 from models.packed import Layout, entering, packed_attention
+from models.reading import check_ids, read_ids
 from models.shapes import Float, Int
 from models.sharding import execution_device, gather, head_mesh, own
 
@@ -118,7 +119,8 @@ class HuggingFace:
                 key: value.to(self.device, self.dtype if value.is_floating_point() else None)
                 for key, value in read.inputs.items()
             }
-            self._check_ids(read.ids, self.hf.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+            n_embeddings = self.hf.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+            check_ids(read.ids, n_embeddings, self.shape.max_tokens, self.name)
             return Encoded(read.ids.to(self.device), inputs, read.image_tokens)
         marker = image_marker(self.processor) if self.processor is not None else None
         if marker and isinstance(prompt, Prompt) and (marker in prompt.text or IMAGE in prompt.text):
@@ -126,36 +128,9 @@ class HuggingFace:
         return self._read_text(prompt, self.shape.vocab_size)
 
     def _read_text(self, prompt: PromptLike, vocab_size: int) -> Encoded:
-        if isinstance(prompt, Prompt):
-            prompt = prompt.text
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{self.name} was wrapped without a tokenizer: give token ids, or wrap(..., tokenizer=)"
-                )
-            ids = torch.tensor(self.tokenizer(prompt)["input_ids"], dtype=torch.long)
-        else:
-            try:
-                ids = torch.as_tensor(prompt)
-            except (RuntimeError, TypeError, ValueError) as error:
-                raise TypeError(f"a prompt must be text, a Prompt or token ids, got {prompt!r:.80}") from error
-            if ids.ndim != 1 or (
-                ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-            ):
-                raise ValueError(
-                    f"token ids must be one-dimensional integers, got {ids.dtype} of shape {tuple(ids.shape)}"
-                )
-            ids = ids.long()
-        if not ids.numel():
-            raise ValueError(f"the prompt is empty: {prompt!r} has no tokens")
-        self._check_ids(ids, vocab_size)
+        ids = read_ids(prompt, self.tokenizer, self.name)
+        check_ids(ids, vocab_size, self.shape.max_tokens, self.name)
         return Encoded(ids.to(self.device))
-
-    def _check_ids(self, ids: Int[Tensor, " tokens"], vocab_size: int) -> None:
-        if ids.numel() > self.shape.max_tokens:
-            raise ValueError(f"the prompt has {ids.numel()} tokens, {self.name} takes at most {self.shape.max_tokens}")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(ids.min())} to {int(ids.max())}")
 
     def encode(self, prompt: PromptLike) -> Int[Tensor, " tokens"]:
         return self.read(prompt).ids
