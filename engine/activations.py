@@ -8,8 +8,9 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from engine.checking import check_once
+from engine.checking import able
 from engine.distributed import ALONE, World, digest, identity
 from engine.intervention import read_patch
 from engine.planning import MAX_TOKENS
@@ -68,7 +69,8 @@ def mean_activations(
     while True:
         some = list(islice(groups, world.size))  # one forward a rank
         if world.size > 1:
-            world.same({"prompts": _digest(some), "packing refused": bool(model.packing_refused)})
+            packed = [one.packed for few in some for one in able(model, [prompt for prompt, _ in few])]
+            world.same({"prompts": _digest(some), "rows packed": [not why for why in packed]})
         if not some:
             break
         mine = torch.zeros(0, *shape, dtype=torch.float64, device=model.device)
@@ -100,13 +102,11 @@ def _groups(model: Model, prompts: Iterable[PromptLike], positions: tuple[int, .
         full = sum(len(p.tokens) for p, _ in few) + n_tokens > MAX_TOKENS
         unlike = few and n_tokens - min(at) != len(few[0][0].tokens) - min(few[0][1])
         alone = prompt.prompt.inputs or (few and few[0][0].prompt.inputs)
-        if few and (full or unlike or alone or model.packing_refused):
-            check_once(model, few[0][0])
+        if few and (full or unlike or alone):
             yield few
             few = []
         few.append((prompt, at))
     if few:
-        check_once(model, few[0][0])
         yield few
 
 
@@ -119,16 +119,18 @@ def _digest(groups: Sequence[Group]) -> str:
 @torch.no_grad()
 def _capture(model: Model, few: Group) -> Float[Tensor, "some positions layers heads head_dim"]:
     """One forward. Prompts are packed with one unpatched row each, from the first wanted position on."""
-    if model.packing_refused and len(few) > 1:
+    found = zip(few, able(model, [prompt for prompt, _ in few]), strict=True)
+    plain = any(prompt.prompt.inputs or can.why_not("packed", len(prompt.tokens)) for (prompt, _), can in found)
+    if plain and len(few) > 1:
         return torch.cat([_capture(model, [one]) for one in few])
-    plain = bool(model.packing_refused or few[0][0].prompt.inputs)
     starts = [0 if plain else min(at) for _, at in few]
     where = torch.tensor([[p - s for p in at] for (_, at), s in zip(few, starts, strict=True)], device=model.device)
     prompt = torch.arange(len(few), device=model.device)[:, None]
     kept: list[Tensor] = []
 
     def keep(layer: int, z: Tensor) -> Tensor:
-        kept.append(z[prompt.to(z.device), where.to(z.device)])  # [prompts, positions, H, D]
+        here = z[prompt.to(z.device), where.to(z.device)]  # [prompts, positions, H, D]
+        kept.append(pad(here, (0, model.shape.head_dim - z.shape[-1])))
         return z
 
     if plain:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.checking import check_once
+from engine.checking import able
 from engine.effects import Effects
 from engine.metrics import Metric
 from engine.patching import patch
@@ -81,7 +81,7 @@ def attribute(
         n_prompts, units = len(asked.prompts), model.shape.n_layers * model.shape.n_heads
         patched = torch.empty(n_prompts, len(asked.at), units, dtype=torch.float64)
         clean, reference = patched.new_empty(n_prompts), patched.new_empty(n_prompts) if asked.sources else None
-        check_once(model, asked.prompts[0])
+        able(model, asked.prompts)
         for n in track(range(n_prompts), "attribution", progress):
             prompt, (new, logits) = computed(asked.prompts[n], asked.at), asked.patched_in(n)
             change = new.to(model.device) - activations(prompt, asked.at)  # [P, L, H, D]

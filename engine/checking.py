@@ -1,83 +1,169 @@
-"""A model met for the first time is checked once: one row of each strategy against naive, on the caller's own prompt.
+"""What a model can do, seen: every way that may be taken is compared with naive, on the caller's own prompt.
 
-Rules decide what is exact (`packing_refused`, `sharing_refused`); this is the net under them, for models whose code
-does something that no rule here knows of.
+Rules (`models.rules`) decide what is exact. This is the net under them, for models whose code, or whose hooks, do
+something that no rule knows of. It looks where the fast ways differ from plain forwards: several rows of several
+prompts in one pass, rows of several tokens, a prefix used again. It is made anew when the model is in another state,
+and when a prompt is more than twice as long as the longest that was compared (with hooks of others: longer at all).
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from engine import naive, runner
+from engine.capabilities import Established, known, learn
 from engine.intervention import Patch
-from engine.planning import Strategy, make_plan
-from engine.prefix import Prefix, why_not_split
-from models import Model, UnsupportedModelError
+from engine.planning import Request, Strategy, make_plan
+from engine.prefix import Prefix, compute, why_not_split
+from models import Capabilities, Encoded, KeyValues, Model, UnsupportedModelError
+from models.shapes import Float
 
-# Largest logit difference, as a share of the largest logit, that rounding explains.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-5}
-COARSE = 0.05  # half precision: only gross errors show
+# Rounding, in units of what rounding every head's output once more does to the logits; tiny models of all families: at
+# most 1.5, in float32 as in half precision.
+TIMES = 4
+SHORTEST = 8  # tokens; shorter prompts are repeated
+UNCLEAR = "a prompt gives infinite or undefined logits, by which no way can be compared: its rows are batched"
+SAYS = {
+    "layered": "rows no longer come in layer by layer",
+    "packed": "rows are not packed from now on",
+    "expanded": "rows do not go on from its cache from now on",
+    "batch": "rows are not batched from now on",
+}
 
-# By architecture, strategy, and whether the prompt had images.
-_differences: dict[tuple[str, str, bool], float] = {}
 
+def able(
+    model: Model, prompts: Sequence[Prefix], strategy: Strategy = "auto", layered: bool = False
+) -> list[Capabilities]:
+    """What is exact for each of these prompts, the ways compared that may be taken; layered: rows may come in late.
 
-def check_once(model: Model, prompt: Prefix, strategy: Strategy = "auto") -> None:
-    """See that the strategies that may be chosen are exact on models of this architecture.
-
-    auto: one that is not is warned of and refused from now on, so that the next is taken. A named strategy that is not
-    exact raises UnsupportedModelError with the figure.
+    auto: one that is not exact is warned of and refused, so that the next is taken. A named strategy that is not exact
+    raises UnsupportedModelError with the figure. Refusals of the rules are the plan's business.
     """
-    if strategy in ("batch", "naive") or model.sharing_refused or len(prompt.tokens) < 3:
-        return
-    if why_not_split(prompt.prompt, len(prompt.tokens) - 1):
-        return
-    if strategy in ("auto", "packed") and not model.packing_refused and (found := _wrong(model, prompt, "packed")):
-        if strategy == "packed":
-            raise UnsupportedModelError(f"strategy 'packed' is not exact on {model.name}: {found}")
-        warnings.warn(f"{model.name}: rows are not packed from now on, {found}", stacklevel=4)
-        model.packing_refused = found
-    if (strategy == "expanded" or model.packing_refused) and (found := _wrong(model, prompt, "expanded")):
-        if strategy == "expanded":
-            raise UnsupportedModelError(f"strategy 'expanded' is not exact on {model.name}: {found}")
-        warnings.warn(f"{model.name}: no prefix is shared from now on, {found}", stacklevel=4)
-        model.sharing_refused = found
+    found: dict[bool, Capabilities] = {}
+    for images in {bool(prompt.prompt.inputs) for prompt in prompts}:
+        some = [prompt for prompt in prompts if bool(prompt.prompt.inputs) == images]
+        found[images] = _established(model, some, images, strategy, layered).can
+    return [found[bool(prompt.prompt.inputs)] for prompt in prompts]
 
 
-def check_layered(model: Model, prompt: Prefix, strategy: Strategy) -> None:
-    """The same for rows that come in layer by layer, when they are about to."""
-    if model.layering_refused or why_not_split(prompt.prompt, len(prompt.tokens) - 1):
-        return
-    if found := _wrong(model, prompt, "layered"):
-        if strategy == "layered":
-            raise UnsupportedModelError(f"strategy 'layered' is not exact on {model.name}: {found}")
-        warnings.warn(f"{model.name}: rows no longer come in layer by layer, {found}", stacklevel=4)
-        model.layering_refused = found
+def _established(
+    model: Model, prompts: Sequence[Prefix], images: bool, strategy: Strategy, layered: bool
+) -> Established:
+    here = known(model, images)
+    for way in _ways(strategy, layered):
+        if here.can.why_not(way) or (way == "expanded" and strategy == "auto" and not here.can.packed):
+            continue
+        limit = here.can.longest if way != "batch" else model.shape.max_tokens
+        fitting = [prompt for prompt in prompts if len(prompt.tokens) <= limit]
+        longest = max((len(prompt.tokens) for prompt in fitting), default=0)
+        checked = here.checked.get(way, 0)
+        if longest <= checked or not fitting:
+            continue
+        if 2 * checked >= longest and not model.foreign_hooks():
+            continue
+        probes = _probes(model, fitting, limit)
+        if not probes:
+            continue
+        _see_all_layers(model, probes[0])
+        refused = _compare(model, probes, way, here.can)
+        if refused is None:  # for this call nothing is shared, and nothing is known of others
+            warnings.warn(f"{model.name}: {UNCLEAR}", stacklevel=5)
+            return here if strategy != "auto" else replace(here, can=Capabilities(UNCLEAR, UNCLEAR, UNCLEAR))
+        can = here.can
+        if refused and way == strategy:
+            raise UnsupportedModelError(f"strategy {way!r} is not exact on {model.name}: {refused}")
+        if refused:
+            warnings.warn(f"{model.name}: {SAYS[way]}, {refused}", stacklevel=5)
+            can = can.without(way, refused)
+        here = learn(model, images, Established(here.state, can, {**here.checked, way: longest}))
+    return here
 
 
-def _wrong(model: Model, prompt: Prefix, strategy: Strategy) -> str:
-    """How far one row is from naive, if that is more than rounding; empty if it is not."""
-    key = (model.architecture, strategy, bool(prompt.prompt.inputs))
-    if key not in _differences:
-        _differences[key] = difference(model, prompt, strategy)
-    if _differences[key] <= TOLERANCE.get(model.dtype, COARSE):
-        return ""
-    return f"one {strategy} row was off the naive one by {_differences[key]:.1e} of the largest logit"
+def _ways(strategy: Strategy, layered: bool) -> Iterator[str]:
+    if strategy == "auto":
+        yield from ("packed", "expanded", "batch")
+    if strategy in ("packed", "expanded", "layered"):
+        yield "packed"  # prefixes are computed so, where that is exact
+    if strategy in ("expanded", "batch"):
+        yield strategy
+    if strategy == "layered" or (layered and strategy == "auto"):
+        yield "layered"
+
+
+def _probes(model: Model, prompts: Sequence[Prefix], limit: int) -> list[Prefix]:
+    """The longest of the prompts and, if it is text, one that is a token shorter."""
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if longest.prompt.inputs or not model.generates:
+        return [] if why_not_split(longest.prompt, len(longest.tokens) - 1) else [replace(longest, cache=KeyValues())]
+    ids, shortest = longest.tokens, min(SHORTEST, limit, model.shape.max_tokens)
+    if len(ids) < shortest:
+        ids = ids.repeat(shortest)[:shortest]
+    return [Prefix(Encoded(some), KeyValues(), model) for some in (ids, ids[1:])] if len(ids) > 3 else []
 
 
 @torch.no_grad()
-def difference(model: Model, prompt: Prefix, strategy: Strategy) -> float:
-    """Largest logit difference of one patched row to naive, as a share of the largest logit."""
+def _see_all_layers(model: Model, probe: Prefix) -> None:
+    """Raises UnsupportedModelError if a forward passes by heads: patching them would have no effect."""
+    seen: set[int] = set()
+
+    def see(layer: int, z: Tensor) -> Tensor:
+        seen.add(layer)
+        return z
+
+    model.forward(probe.tokens[None] if probe.prompt.inputs else probe.tokens[None, :4], see, None, probe.prompt.inputs)
+    if missing := sorted(set(range(model.shape.n_layers)) - seen):
+        raise UnsupportedModelError(
+            f"{model.name}: patching has no effect in layers {missing}, which its forward does not run: "
+            "declare others, models.wrap(model, projections=[...])"
+        )
+
+
+@torch.no_grad()
+def _compare(model: Model, probes: Sequence[Prefix], way: str, can: Capabilities) -> str | None:
+    """How far rows are from naive ones if that is more than rounding, empty if it is not; None if nobody can say."""
     shape, random = model.shape, torch.Generator().manual_seed(0)
-    heads = torch.rand(1, shape.n_layers, shape.n_heads, generator=random) < 0.5
-    if strategy == "layered":
-        heads[:, : shape.n_layers // 2] = False
+    heads = torch.rand(2, shape.n_layers, shape.n_heads, generator=random) < 0.5
+    if way == "layered":
+        heads[1, : shape.n_layers // 2] = False
     values = torch.randn(shape.n_layers, shape.n_heads, shape.head_dim, generator=random)
-    patch = Patch(heads, values, (-1,), "replace")
-    last = len(prompt.tokens) - 1
-    plan = make_plan(shape, last + 1, 1, [last], strategy, len(prompt.cache))
-    want = naive.rows(model, patch, prompt)
-    got = runner.run(model, patch, [prompt], [plan])[0]
-    return ((got - want).abs().max() / want.abs().max()).item()
+    n_tail = 2 if all(not why_not_split(probe.prompt, len(probe.tokens) - 2) for probe in probes) else 1
+    patch = Patch(heads, values, tuple(range(-n_tail, 0)), "replace")
+    want = torch.stack([naive.rows(model, patch, probe) for probe in probes])
+    noise = torch.stack([naive.rows(model, patch, probe, rounding=True) for probe in probes])
+    if not (want.isfinite().all() and noise.isfinite().all()):
+        return None
+    try:
+        apart = max(_apart(want, got) for got in _runs(model, patch, probes, way, can))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's code may raise where it is given what it does not expect
+        said = (str(error).splitlines() or [""])[0]
+        return said if isinstance(error, UnsupportedModelError) else f"they fail: {said} ({type(error).__name__})"
+    bound = TIMES * _apart(want, noise)
+    if apart <= bound:
+        return ""
+    hooks = model.foreign_hooks()
+    carried = f"; it carries hooks that others put on {', '.join(hooks[:3])}" if hooks else ""
+    return f"{way} rows were off the naive ones by {apart:.1e} of the largest logit (rounding: {bound:.0e}){carried}"
+
+
+def _runs(
+    model: Model, patch: Patch, probes: Sequence[Prefix], way: str, can: Capabilities
+) -> Iterator[Float[Tensor, "prompts rows vocab"]]:
+    """All rows of all prompts in one pass where the way can, with prefixes fresh and used again."""
+    asked = [Request(len(p.tokens), patch.n_rows, patch.at(len(p.tokens)), entry=patch.first_layers()) for p in probes]
+    plans = [make_plan(model.shape, can, one, way) for one in asked]  # type: ignore[arg-type]
+    yield runner.run(model, patch, probes, plans)
+    if way in ("packed", "layered"):
+        yield runner.run(model, patch, compute(probes, [plan.split for plan in plans]), plans)
+
+
+def _apart(want: Tensor, got: Tensor) -> float:
+    """The largest difference of logits, as a share of the largest."""
+    far = ((got - want).abs().amax() / want.abs().amax()).item()
+    return far if far == far else float("inf")

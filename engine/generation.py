@@ -9,13 +9,13 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from engine.checking import check_once
+from engine.checking import able
 from engine.intervention import Heads, Mode, Patch, Steering, read_patch
-from engine.patching import make_plans
-from engine.planning import MAX_TOKENS, Strategy, make_plan
+from engine.patching import decide, request
+from engine.planning import MAX_TOKENS, Request, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
 from engine.runner import make_edit, make_steer, run, segments
-from models import Model, Segment, UnsupportedModelError
+from models import Capabilities, Model, Segment, UnsupportedModelError
 
 
 @torch.no_grad()
@@ -62,28 +62,33 @@ def generate(
             f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
             f"the {model.shape.max_tokens} of {model.name}"
         )
-    last = [(len(p.tokens) - 1,) for p in prompts]
-    make_plans(model, prompts, 1, last, strategy)  # refuses what it must before anything runs
-    check_once(model, prompts[0], strategy)
+    asked = [request(p, 1, (len(p.tokens) - 1,)) for p in prompts]
+    decide(model, prompts, asked, strategy)  # refuses what it must before anything runs
+    found = able(model, prompts, strategy)
+    can = {id(p): one for p, one in zip(prompts, found, strict=True)}
+    ways = {id(p): _way(p, can[id(p)], max_new_tokens, strategy) for p in prompts}
     answers: list[list[str]] = []
-    for way, group in groupby(prompts, key=lambda prompt: _way(model, prompt, strategy)):
+    for way, group in groupby(prompts, key=lambda prompt: ways[id(prompt)]):
         if way == "packed":
             for some in _few(list(group), patch.n_rows):
                 answers += _decode_together(model, patch, some, max_new_tokens, stop)
         else:
-            answers += [_decode_one_by_one(model, patch, p, max_new_tokens, stop, way) for p in group]
+            answers += [_decode_one_by_one(model, patch, p, max_new_tokens, stop, way, can[id(p)]) for p in group]
     if patch.n_rows > 1:
         return answers if several else answers[0]
     return [rows[0] for rows in answers] if several else answers[0][0]
 
 
-def _way(model: Model, prompt: Prefix, strategy: Strategy) -> Strategy:
+def _way(prompt: Prefix, can: Capabilities, max_new_tokens: int, strategy: Strategy) -> Strategy:
     """How the answers to a prompt are decoded: rows go on by themselves, so even one token packs."""
+    n_tokens = len(prompt.tokens)
     if strategy != "auto":
+        if longer := can.why_not(strategy, n_tokens + max_new_tokens):
+            raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {longer}")
         return strategy
-    if model.sharing_refused or why_not_split(prompt.prompt, len(prompt.tokens) - 1):
-        return "batch"
-    return "expanded" if model.packing_refused else "packed"
+    if can.shared(n_tokens + max_new_tokens) or why_not_split(prompt.prompt, n_tokens - 1):
+        return "batch" if not can.batch else "naive"
+    return "expanded" if can.packed else "packed"
 
 
 def _few(prompts: list[Prefix], n_rows: int) -> Iterator[list[Prefix]]:
@@ -126,7 +131,13 @@ def _decode_together(
 
 
 def _decode_one_by_one(
-    model: Model, patch: Patch, prompt: Prefix, max_new_tokens: int, stop: str | None, strategy: Strategy
+    model: Model,
+    patch: Patch,
+    prompt: Prefix,
+    max_new_tokens: int,
+    stop: str | None,
+    strategy: Strategy,
+    can: Capabilities,
 ) -> list[str]:
     """Each row by itself, from patched forwards over the growing prompt."""
     n_prompt = len(prompt.tokens)
@@ -138,7 +149,7 @@ def _decode_one_by_one(
         for _ in range(max_new_tokens):
             n_tokens = len(grown.tokens)
             positions = tuple(range(n_prompt - 1, n_tokens))
-            plan = make_plan(model.shape, n_tokens, 1, positions, strategy)
+            plan = make_plan(model.shape, can, Request(n_tokens, 1, positions), strategy)
             token = run(model, replace(patch.rows(row, row + 1), positions=positions), [grown], [plan])[0, 0].argmax()
             grown = replace(grown, prompt=grown.prompt.then(token[None]))
             if not answer.take(int(token)):

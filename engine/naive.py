@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.intervention import Heads, Mode, Patch, Steering, read_patch
 from engine.prefix import Prefix, Prompts, as_prefixes, patched_positions
-from models import Model
+from models import Edit, Model, Steer
 from models.shapes import Float
 
 
@@ -39,28 +39,50 @@ def patch(
     return logits if several else logits[0]
 
 
-def rows(model: Model, patch: Patch, prompt: Prefix) -> Float[Tensor, "rows vocab"]:
-    """One hooked forward for each row of one prompt."""
-    positions = patch.at(len(prompt.tokens))
+def rows(model: Model, patch: Patch, prompt: Prefix, rounding: bool = False) -> Float[Tensor, "rows vocab"]:
+    """One hooked forward for each row of one prompt; rounding: every head's output is rounded once more."""
     logits = []
-    for row, heads in enumerate(model.own_heads(patch.heads.to(model.device), -1)):
-        values = (patch.values[row] if patch.values.ndim == 4 else patch.values).to(model.device, model.dtype)
-        values = model.own_heads(values, -2)
-
-        def edit(layer: int, z: Tensor, heads: Tensor = heads, values: Tensor = values) -> Tensor:
-            on, new = heads[layer].to(z.device), values[layer].to(z)  # z: [1, T, H, D]
-            for position in positions:
-                before = z[0, position, on] if patch.mode == "add" else 0
-                z[0, position, on] = before + new[on]
-            return z
-
-        def add(h: Tensor) -> Tensor:  # [1, T, d_model]
-            h = h.clone()
-            for position in positions:
-                h[0, position] += patch.steering.vector.to(h)  # type: ignore[union-attr]
-            return h
-
-        after = patch.steered_after[row]
-        steer = None if after is None else {after: add}
+    for row in range(patch.n_rows):
+        edit, steer = row_edit(model, patch, row, patch.at(len(prompt.tokens)))
+        if rounding:
+            edit = _rounded(edit, model.dtype)
         logits.append(model.forward(prompt.tokens[None], edit, inputs=prompt.prompt.inputs, steer=steer)[0])
     return torch.stack(logits)
+
+
+def row_edit(model: Model, patch: Patch, row: int, positions: Sequence[int]) -> tuple[Edit, Steer | None]:
+    """What one row does to z, and to the residual stream, of a forward [1, tokens, ...]."""
+    heads = model.own_heads(patch.heads[row].to(model.device), -1)
+    values = (patch.values[row] if patch.values.ndim == 4 else patch.values).to(model.device, model.dtype)
+    values = model.own_heads(values, -2)
+
+    def edit(layer: int, z: Tensor) -> Tensor:
+        on, new = heads[layer].to(z.device), values[layer][:, : z.shape[-1]].to(z)  # z: [1, T, H, D]
+        for position in positions:
+            before = z[0, position, on] if patch.mode == "add" else 0
+            z[0, position, on] = before + new[on]
+        return z
+
+    def add(h: Tensor) -> Tensor:  # [1, T, d_model]
+        h = h.clone()
+        for position in positions:
+            h[0, position] += patch.steering.vector.to(h)  # type: ignore[union-attr]
+        return h
+
+    after = patch.steered_after[row]
+    return edit, None if after is None else {after: add}
+
+
+def _rounded(edit: Edit, dtype: torch.dtype) -> Edit:
+    """The edit, and then a relative change of one unit in the last place, up or down, of everything.
+
+    At least of float32's: whatever their dtype, models compute norms and softmaxes in it.
+    """
+    random, eps = torch.Generator().manual_seed(0), max(torch.finfo(x).eps for x in (dtype, torch.float32))
+
+    def rounded(layer: int, z: Tensor) -> Tensor:
+        z = edit(layer, z)
+        sign = torch.randint(2, z.shape, generator=random).mul_(2).sub_(1)
+        return z + z * (eps * sign.to(z))
+
+    return rounded

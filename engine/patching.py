@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from engine.checking import check_layered, check_once
+from engine.capabilities import known
+from engine.checking import able
 from engine.intervention import Heads, Mode, Steering, read_patch
-from engine.planning import Plan, Strategy, make_plan
+from engine.planning import Plan, Request, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes, patched_positions, why_not_split
 from engine.runner import run
 from models import Model, PromptLike
@@ -51,11 +52,8 @@ def patch(
     several, prompts = as_prefixes(model, prompt)
     at = [patched_positions(checked, p) for p in prompts]
     entry = checked.first_layers()
-    plans = make_plans(model, prompts, checked.n_rows, at, strategy, entry)  # refuses what it must before anything runs
-    check_once(model, prompts[0], strategy)
-    if any(plan.strategy == "layered" for plan in plans):
-        check_layered(model, prompts[0], strategy)
-    logits = run(model, checked, prompts, make_plans(model, prompts, checked.n_rows, at, strategy, entry))
+    asked = [request(p, checked.n_rows, positions, entry) for p, positions in zip(prompts, at, strict=True)]
+    logits = run(model, checked, prompts, decide(model, prompts, asked, strategy))
     return logits if several else logits[0]
 
 
@@ -74,22 +72,22 @@ def plan(
     """
     checked = read_patch(model.shape, None, None, positions)
     ready = as_prefix(model, prompt)
-    return make_plans(model, [ready], rows, [patched_positions(checked, ready)], strategy)[0]
+    asked = request(ready, rows, patched_positions(checked, ready))
+    return make_plan(model.shape, known(model, bool(ready.prompt.inputs)).can, asked, strategy)
 
 
-def make_plans(
-    model: Model,
-    prompts: Sequence[Prefix],
-    rows: int,
-    positions: Sequence[Sequence[int]],
-    strategy: Strategy,
-    entry: Sequence[int] = (),
-) -> list[Plan]:
-    """A plan for each prompt, patched at these positions of it, its rows from these layers on."""
-    plans = []
-    for prompt, at in zip(prompts, positions, strict=True):
-        shared = model.sharing_refused or why_not_split(prompt.prompt, min(at))
-        n_tokens, n_ready = len(prompt.tokens), len(prompt.cache)
-        refused = (model.packing_refused, shared, entry, model.layering_refused)
-        plans.append(make_plan(model.shape, n_tokens, rows, at, strategy, n_ready, *refused))
-    return plans
+def request(prompt: Prefix, rows: int, positions: Sequence[int], entry: Sequence[int] = ()) -> Request:
+    """What is asked of a prompt patched at these positions of it, its rows from these layers on."""
+    unsplit = why_not_split(prompt.prompt, min(positions))
+    return Request(len(prompt.tokens), rows, positions, len(prompt.cache), entry, unsplit)
+
+
+def decide(model: Model, prompts: Sequence[Prefix], asked: Sequence[Request], strategy: Strategy) -> list[Plan]:
+    """A plan for each prompt. The rules refuse what they must before anything runs; what they allow is compared."""
+    first = [
+        make_plan(model.shape, known(model, bool(prompt.prompt.inputs)).can, one, strategy)
+        for prompt, one in zip(prompts, asked, strict=True)
+    ]
+    late = any(plan.strategy == "layered" for plan in first)
+    found = able(model, prompts, strategy, layered=late)
+    return [make_plan(model.shape, can, one, strategy) for can, one in zip(found, asked, strict=True)]

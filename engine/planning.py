@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from models import Shape, UnsupportedModelError
+from models import Capabilities, Shape, UnsupportedModelError
 
 Strategy: TypeAlias = Literal["auto", "layered", "packed", "expanded", "batch", "naive"]
 
@@ -50,61 +50,67 @@ class Plan:
         )
 
 
-def make_plan(
-    shape: Shape,
-    n_tokens: int,
-    n_rows: int,
-    positions: Sequence[int],
-    strategy: Strategy = "auto",
-    n_ready: int = 0,
-    packing_refused: str = "",
-    sharing_refused: str = "",
-    entry: Sequence[int] = (),
-    layering_refused: str = "",
-) -> Plan:
-    """Choose how to run `n_rows` rows of a prompt, exactness first and cost second.
+@dataclass(frozen=True)
+class Request:
+    """What a plan must know of one prompt and its rows.
 
-    positions:        patched positions, counted from the start of the prompt.
-    n_ready:          tokens of the prompt whose keys and values are at hand.
-    packing_refused:  why the model's rows cannot be packed exactly; empty if they can.
-    sharing_refused:  why no prefix of this prompt can be shared exactly; empty if it can.
-    entry:            the first patched layer of each row, if known: up to there it is the unpatched row.
-    layering_refused: why rows cannot come in at that layer; empty if they can.
+    positions: patched positions, counted from the start of the prompt.
+    n_ready:   tokens of the prompt whose keys and values are at hand.
+    entry:     the first patched layer of each row, if known: up to there it is the unpatched row.
+    unsplit:   why rows of this prompt cannot begin where they are first patched; empty if they can.
+    """
+
+    n_tokens: int
+    n_rows: int
+    positions: Sequence[int]
+    n_ready: int = 0
+    entry: Sequence[int] = ()
+    unsplit: str = ""
+
+    def why_not(self, way: str, can: Capabilities) -> str:
+        """Why these rows are not exact this way; empty if they are."""
+        unsplit = self.unsplit if way in ("layered", "packed", "expanded") else ""
+        return unsplit or can.why_not(way, self.n_tokens)
+
+
+def make_plan(shape: Shape, can: Capabilities, asked: Request, strategy: Strategy = "auto") -> Plan:
+    """Choose how to run rows of a prompt on a model that can do what `can` says: exactness first, cost second.
 
     Raises ValueError for an unknown strategy or no rows, UnsupportedModelError for one that is not exact on the model.
 
-    >>> make_plan(Shape(30, 9, 3, 64, 576, 49152, 8192), n_tokens=512, n_rows=32, positions=[511]).n_computed
+    >>> asked = Request(n_tokens=512, n_rows=32, positions=[511])
+    >>> make_plan(Shape(30, 9, 3, 64, 576, 49152, 8192), Capabilities(), asked).n_computed
     543
     """
+    n_tokens, n_rows = asked.n_tokens, asked.n_rows
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
     if not isinstance(n_rows, int) or n_rows < 1:
         raise ValueError(f"rows must be a positive integer, got {n_rows!r}")
-    refused = {
-        "layered": sharing_refused or packing_refused or layering_refused,
-        "packed": sharing_refused or packing_refused,
-        "expanded": sharing_refused,
-    }
-    if refused.get(strategy):
-        raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {refused[strategy]}")
+    if refused := asked.why_not(strategy, can):
+        raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {refused}")
 
-    split = min(positions)
+    split = min(asked.positions)
     tail = n_tokens - split
-    whole, shared, ready = n_rows * n_tokens, split + n_rows * tail, min(n_ready, split)
+    whole, shared, ready = n_rows * n_tokens, split + n_rows * tail, min(asked.n_ready, split)
     # One unpatched row, and of every other the layers it is in.
-    layered = split + math.ceil(tail * (1 + sum(shape.n_layers - layer for layer in entry) / shape.n_layers))
+    layered = split + math.ceil(tail * (1 + sum(shape.n_layers - layer for layer in asked.entry) / shape.n_layers))
+    not_packed, not_expanded = (asked.why_not(way, can) for way in ("packed", "expanded"))
+    late = asked.entry and not asked.why_not("layered", can) and layered - ready <= LAYERED_FROM * (shared - ready)
     if strategy != "auto":
         reason = "asked for"
-    elif sharing_refused:
-        strategy, reason = "batch", f"nothing is shared: {sharing_refused}"
+    elif not_packed and not_expanded:
+        strategy, reason = "batch", f"nothing is shared: {not_packed}"
     elif n_rows * split <= 0.1 * whole:
         strategy, reason = "batch", f"rows share only {split} of {n_tokens} tokens"
-    elif packing_refused:
-        strategy, reason = "expanded", f"not packed: {packing_refused}"
-    elif entry and not layering_refused and layered - ready <= LAYERED_FROM * (shared - ready):
+    elif not_packed:
+        strategy, reason = "expanded", f"not packed: {not_packed}"
+    elif late:
         strategy, reason = "layered", f"rows differ only from token {split} and from their first patched layer on"
     else:
         strategy, reason = "packed", f"rows differ only from token {split} on"
+    if strategy == "batch" and can.batch:  # not asked for
+        strategy, reason = "naive", f"not batched: {can.batch}; {reason}"
 
     if strategy == "naive":
         return Plan(strategy, n_tokens, n_rows, 0, 1, whole, reason)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from engine.capabilities import known
 from engine.intervention import Patch, read_patch
-from models import Encoded, KeyValues, Model, PromptLike, UnsupportedModelError
+from models import Capabilities, Encoded, KeyValues, Model, PromptLike, UnsupportedModelError
 from models.shapes import Int
 
 GROUP_TOKENS = 1024  # of the neighbours in a pool that are computed together
@@ -24,11 +26,13 @@ class Prefix:
     prompt: the whole prompt.
     cache:  unpatched keys and values of its first `len(cache)` tokens; never written to.
     model:  the model that computed them; other models refuse the prefix.
+    state:  that the model was in; in another one, the prefix is computed again.
     """
 
     prompt: Encoded
     cache: KeyValues
     model: Model
+    state: Hashable = None
 
     @property
     def tokens(self) -> Int[Tensor, " tokens"]:
@@ -39,6 +43,12 @@ class Prefix:
     def nbytes(self) -> int:
         """Of the keys and values."""
         return self.cache.nbytes
+
+    def __deepcopy__(self, _: Any) -> Prefix:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Prefix belongs to its model and is not pickled: pickle the prompt, and prefill it again")
 
 
 # One prompt, or several as a list.
@@ -51,6 +61,10 @@ def as_prefix(model: Model, prompt: PromptLike | Prefix) -> Prefix:
         return Prefix(model.read(prompt), KeyValues(), model)
     if prompt.model is not model:
         raise ValueError(f"the prefix was computed by {prompt.model!r}, it cannot be used with {model!r}")
+    if len(prompt.cache) and prompt.state != model.state():
+        changed = "has changed since a prefix was computed (modules, weights, hooks, attention)"
+        warnings.warn(f"{model.name} {changed}: it is computed again", stacklevel=4)
+        return Prefix(prompt.prompt, KeyValues(), model)
     return prompt
 
 
@@ -72,6 +86,10 @@ def prefill(model: Model, prompt: PromptLike, positions: int | Sequence[int] = -
     """
     whole = as_prefix(model, prompt)
     first = read_patch(model.shape, None, None, positions).at(len(whole.tokens))[0]
+    refuse_split(whole, first, known(model, bool(whole.prompt.inputs)).can)
+    from engine.checking import able  # which runs prefixes
+
+    refuse_split(whole, first, able(model, [whole])[0])
     return compute([whole], [first])[0]
 
 
@@ -85,12 +103,20 @@ def compute(prompts: Sequence[Prefix], lengths: Sequence[int]) -> list[Prefix]:
     if not missing:
         return list(prompts)
     model = prompts[0].model
+    packed = True
     for i in missing:
-        if refused := model.sharing_refused or why_not_split(prompts[i].prompt, lengths[i]):
-            raise UnsupportedModelError(f"no prefix of this prompt can be shared on {model.name}: {refused}")
-    caches = model.prefill([prompts[i].prompt for i in missing], [lengths[i] for i in missing])
+        found = known(model, bool(prompts[i].prompt.inputs))
+        refuse_split(prompts[i], lengths[i], found.can)
+        packed = packed and not found.can.packed
+    caches = model.prefill([prompts[i].prompt for i in missing], [lengths[i] for i in missing], packed)
     ready = dict(zip(missing, caches, strict=True))
-    return [replace(p, cache=ready[i]) if i in ready else p for i, p in enumerate(prompts)]
+    return [replace(p, cache=ready[i], state=found.state) if i in ready else p for i, p in enumerate(prompts)]
+
+
+def refuse_split(prompt: Prefix, split: int, can: Capabilities) -> None:
+    """Raises UnsupportedModelError if the prompt's first `split` tokens cannot be computed once for all rows."""
+    if refused := (can.shared(len(prompt.tokens)) or why_not_split(prompt.prompt, split)) if split else "":
+        raise UnsupportedModelError(f"no prefix of this prompt can be shared on {prompt.model.name}: {refused}")
 
 
 def patched_positions(patch: Patch, prompt: Prefix) -> tuple[int, ...]:
@@ -108,6 +134,12 @@ def why_not_split(prompt: Encoded, split: int) -> str:
     if split < prompt.free_from:
         return f"an image follows: it has image tokens up to {prompt.free_from - 1}, rows would begin at {split}"
     return ""
+
+
+def shareable(prompt: Prefix, split: int) -> int:
+    """`split`, or 0 if nothing of the prompt can be shared up to there."""
+    can = known(prompt.model, bool(prompt.prompt.inputs)).can
+    return 0 if can.shared(len(prompt.tokens)) or why_not_split(prompt.prompt, split) else split
 
 
 class PrefixPool:
@@ -142,10 +174,12 @@ class PrefixPool:
 
     def __getitem__(self, index: int) -> Prefix:
         group = self._group_of[index]
+        if group in self._ready and self._ready[group][0].state not in (None, self.model.state()):
+            self._ready.clear()  # the model has changed
         if group not in self._ready:
             prompts = [self.prompts[i] for i in self._groups[group]]
-            split = 0 if self.model.sharing_refused else 1
-            self._ready[group] = compute(prompts, [split * (len(p.tokens) - 1) for p in prompts])
+            splits = [shareable(prompt, len(prompt.tokens) - 1) for prompt in prompts]
+            self._ready[group] = compute(prompts, splits)
             while self.nbytes > self.budget and len(self._ready) > 1:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(group)

@@ -13,14 +13,15 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from engine.checking import COARSE, TOLERANCE
 from engine.intervention import Heads, Mode, Patch, read_patch, read_positions
 from engine.ops import edit_heads
+from engine.patching import decide, request
 from engine.prefix import Prefix, as_prefix, compute
 from engine.runner import contiguous
 from models import KeyValues, Model, PromptLike, Segment, UnsupportedModelError
 from models.shapes import Float
 
+SAME = 1e-6  # of the largest logit: a replay runs the very kernels of the plain pass
 Impl: TypeAlias = Literal["auto", "graph", "eager"]
 
 
@@ -59,8 +60,8 @@ class RowStep:
             raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
         if rows < 1 or context < 1:
             raise ValueError(f"expected rows >= 1 and context >= 1, got rows={rows}, context={context}")
-        if model.packing_refused:
-            raise UnsupportedModelError(f"rows of {model.name} cannot be packed: {model.packing_refused}")
+        if refused := model.rules().packed:
+            raise UnsupportedModelError(f"rows of {model.name} cannot be packed: {refused}")
         at = read_positions(positions)
         if max(at) >= 0:
             raise ValueError(f"positions must count from the end of the prompt (-1 is the last), got {positions!r}")
@@ -117,6 +118,7 @@ class RowStep:
         """The prefix into the buffers, unless it is there."""
         if prefix is self._held:
             return
+        decide(self.model, [prefix], [request(prefix, self.rows, [split])], "packed")
         cache = compute([prefix], [split])[0].cache
         if not self._cache.keys:
             for buffers, given in ((self._cache.keys, cache.keys), (self._cache.values, cache.values)):
@@ -146,7 +148,8 @@ class RowStep:
 
     def _edit(self, layer: int, z: Tensor) -> Tensor:
         for span in self._spans:
-            edit_heads(z[:, span], self._heads[layer], self._values[layer], self.mode)  # type: ignore[index]
+            values = self._values[layer][..., : z.shape[-1]]  # type: ignore[index]
+            edit_heads(z[:, span], self._heads[layer], values, self.mode)
         return z
 
     def _record(self) -> Float[Tensor, "rows vocab"]:
@@ -164,7 +167,7 @@ class RowStep:
             graph.replay()
             apart = ((self._logits - want).abs().max() / want.abs().max()).item()
             wrong = f"its replay is off by {apart:.1e} of the largest logit"
-            if apart <= TOLERANCE.get(self.model.dtype, COARSE):
+            if apart <= SAME:
                 self._graph = graph
                 return want
         except RuntimeError as error:  # torch's errors of capture: something in the model waits for the CPU

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -14,7 +14,7 @@ from engine.intervention import Patch
 from engine.ops import edit_heads
 from engine.planning import MAX_TOKENS, Plan
 from engine.prefix import Prefix, compute
-from models import Edit, Model, Segment, Steer
+from models import Edit, KeyValues, Model, Segment, Steer
 from models.shapes import Float
 
 
@@ -29,7 +29,7 @@ def run(
         logits: list[Tensor] = []
         for packed, group in groupby(zip(prompts, plans, strict=True), key=lambda one: _alike(patch, one[1])):
             if packed is None:
-                logits += [_single(model, patch, prompt, plan) for prompt, plan in group]
+                logits += [WAYS[plan.strategy](model, patch, prompt, plan) for prompt, plan in group]
             else:
                 for few in _few(list(group)):
                     logits += _packed(model, patch, few)
@@ -61,8 +61,8 @@ def make_edit(model: Model, patch: Patch, tail: Sequence[int], n_tail: int, n_pr
         masks, new = ready[where]
         for span in spans:
             part = z[:, span]
-            # Rows that are still to come in are the last ones.
-            edited = edit_heads(part, masks[layer][: len(z)], new[layer][: len(z)], patch.mode)
+            # Rows that are still to come in are the last ones; a layer's heads may be narrower than the widest.
+            edited = edit_heads(part, masks[layer][: len(z)], new[layer][: len(z), :, : z.shape[-1]], patch.mode)
             if edited is not part:
                 z = z.slice_scatter(edited, 1, span.start, span.stop)
         return z
@@ -158,32 +158,50 @@ def _packed(model: Model, patch: Patch, group: list[tuple[Prefix, Plan]]) -> lis
     return list(model.pack(packed, edit, steer=make_steer(patch, tail, len(group))).logits)
 
 
-def _single(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
-    """One prompt, its rows in as many passes as the plan says."""
-    if plan.strategy == "naive":
-        return naive.rows(model, patch, prompt)
-    if plan.strategy == "packed" or (plan.strategy == "layered" and plan.rows_per_pass < plan.n_rows):
-        prompt = _ready(prompt, plan)
-    prefix = _ready(prompt, plan).cache[: plan.split] if plan.strategy == "expanded" and plan.split else None
-    if plan.strategy == "layered":
-        return _layered(model, patch, prompt, plan)
-    tail = [p - plan.split for p in patch.at(plan.n_tokens)]
-    ids = prompt.tokens[plan.split :]
-    inputs = None if prefix else prompt.prompt.inputs
+def _batch(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+    """Whole rows beside each other."""
+    return _forwards(model, patch, prompt, plan, None, prompt.prompt.inputs)
+
+
+def _expanded(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+    """Rows from copies of the model's own cache on."""
+    if not plan.split:
+        return _batch(model, patch, prompt, plan)
+    return _forwards(model, patch, prompt, plan, _ready(prompt, plan).cache[: plan.split], None)
+
+
+def _forwards(
+    model: Model,
+    patch: Patch,
+    prompt: Prefix,
+    plan: Plan,
+    prefix: KeyValues | None,
+    inputs: Mapping[str, Tensor] | None,
+) -> Float[Tensor, "rows vocab"]:
+    """Plain forwards of some rows at a time."""
+    ids, tail = prompt.tokens[plan.split :], [p - plan.split for p in patch.at(plan.n_tokens)]
     logits = []
-    for start in range(0, plan.n_rows, plan.rows_per_pass):
-        some = patch.rows(start, start + plan.rows_per_pass)
-        if plan.strategy == "packed":
-            logits += _packed(model, some, [(prompt, plan)])
-        else:
-            edit = make_edit(model, some, tail, len(ids))
-            steer = make_steer(some, tail)
-            logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs, steer))
+    for some in _passes(patch, plan):
+        edit, steer = make_edit(model, some, tail, len(ids)), make_steer(some, tail)
+        logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs, steer))
     return torch.cat(logits) if len(logits) > 1 else logits[0]
+
+
+def _in_passes(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+    """More packed rows than one forward takes."""
+    prompt = _ready(prompt, plan)
+    return torch.cat([_packed(model, some, [(prompt, plan)])[0] for some in _passes(patch, plan)])
+
+
+def _passes(patch: Patch, plan: Plan) -> Iterator[Patch]:
+    for start in range(0, plan.n_rows, plan.rows_per_pass):
+        yield patch.rows(start, start + plan.rows_per_pass)
 
 
 def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
     """Rows in the order of their first patched layer, each coming in there as a copy of one that nobody patches."""
+    if plan.rows_per_pass < plan.n_rows:
+        prompt = _ready(prompt, plan)
     entry = patch.first_layers()
     order = sorted(range(plan.n_rows), key=entry.__getitem__)
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
@@ -198,6 +216,16 @@ def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Te
         for index, row in zip(some, found, strict=True):
             logits[index] = row
     return torch.stack(logits)
+
+
+# Each runs one prompt; packed prompts that are alike share forwards before it comes to this.
+WAYS: Mapping[str, Callable[[Model, Patch, Prefix, Plan], Tensor]] = {
+    "naive": lambda model, patch, prompt, _: naive.rows(model, patch, prompt),
+    "batch": _batch,
+    "expanded": _expanded,
+    "packed": _in_passes,
+    "layered": _layered,
+}
 
 
 def with_unpatched(patch: Patch) -> Patch:

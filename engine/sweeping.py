@@ -22,13 +22,13 @@ from torch import Tensor
 
 from engine.activations import capture
 from engine.artifacts import load_tensors, save_tensors
-from engine.checking import check_once
+from engine.checking import able
 from engine.distributed import ALONE, World, digest, identity
 from engine.effects import Effects
 from engine.intervention import Mode, read_patch, read_values
 from engine.metrics import Metric, MetricFunction, read_metric
 from engine.patching import patch
-from engine.prefix import Prefix, as_prefix, compute, patched_positions, why_not_split
+from engine.prefix import Prefix, as_prefix, compute, patched_positions, shareable
 from engine.progress import track
 from engine.tasks.scoring import Example, first_token
 from models import Model, PromptLike
@@ -99,7 +99,7 @@ def sweep(
     part = dict(known, prompts=[mine.start, mine.stop])
     mark = None if checkpoint is None else Path(f"{checkpoint}.{world.rank}" if world.size > 1 else checkpoint)
     done = _resume(mark, part, found)
-    check_once(model, asked.prompts[0])
+    able(model, asked.prompts, layered=True)
 
     for i in track(range(done, len(clean)), f"sweep of {len(masks)} units", progress and world.rank == 0):
         n = mine.start + i
@@ -337,9 +337,7 @@ def computed(prompt: Prefix, at: Sequence[int]) -> Prefix:
     """The prompt computed up to the last of these positions, for passes that follow; as it is if nothing is shared."""
     n_tokens = len(prompt.tokens)
     last = max(position % n_tokens for position in at)
-    if prompt.model.sharing_refused or why_not_split(prompt.prompt, last):
-        return prompt
-    return compute([prompt], [last])[0]
+    return compute([prompt], [shareable(prompt, last)])[0]
 
 
 class Budget:
@@ -363,9 +361,7 @@ class Budget:
     def rows(self, prompt: Prefix, position: int) -> int:
         """Of a prompt, patched at a position."""
         n_tokens = len(prompt.tokens)
-        split = position % n_tokens
-        if prompt.model.sharing_refused or why_not_split(prompt.prompt, split):
-            split = 0
+        split = shareable(prompt, position % n_tokens)
         row = self._row + (n_tokens - split) * (self._token + n_tokens * self._key)
         return max(1, min(self.most, self.bytes // row))
 

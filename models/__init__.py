@@ -2,6 +2,7 @@
 
 from models.interface import (
     IMAGE,
+    Capabilities,
     Edit,
     Encoded,
     KeyValues,
@@ -18,6 +19,7 @@ from models.opening import load, wrap
 
 __all__ = [
     "IMAGE",
+    "Capabilities",
     "Edit",
     "Encoded",
     "KeyValues",

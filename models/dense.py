@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.interface import KeyValues
-from models.packed import Layout
+from models.layout import Layout
 from models.shapes import Bool, Float, Int
 
 CONTEXT = -1  # in the place of a row

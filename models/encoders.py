@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.anatomy import find_blocks, find_projections, read_eos
+from models.anatomy import Anatomy, dissect, read_eos
 from models.huggingface import HuggingFace
 from models.images import open_image
-from models.interface import Edit, Encoded, Prompt, PromptLike, Shape, UnsupportedModelError
+from models.interface import Capabilities, Encoded, Prompt, PromptLike, UnsupportedModelError
 
 REFUSED = "it is an encoder, its tokens see each other"
 
@@ -36,27 +37,27 @@ class Encoder(HuggingFace):
         projections: Any = None,
     ):
         config: Any = hf.config
-        self.hf, self.config, self.decoder = hf, config, hf
-        self.processor, self.tokenizer = processor, tokenizer
+        self.config = config
+        self.hf, self.processor, self.tokenizer = hf, processor, tokenizer
         self.name = name or str(config._name_or_path) or type(hf).__name__
-        found = [hf.get_submodule(path) for path in projections or []]
-        self.projections = found or find_projections(hf, config.num_hidden_layers)
+        self._names = projections
         self.pixels = getattr(hf, "main_input_name", "input_ids") == "pixel_values"
-        width: Any = self.projections[0].weight
-        patches = (config.image_size // config.patch_size) ** 2 if self.pixels else 0
-        self.shape = Shape(
-            n_layers=len(self.projections),
-            n_heads=config.num_attention_heads,
-            n_kv_heads=config.num_attention_heads,
-            head_dim=width.shape[1] // config.num_attention_heads,
-            d_model=config.hidden_size,
-            vocab_size=_answers(hf, config),
-            max_tokens=patches + 1 if self.pixels else config.max_position_embeddings,
-        )
-        self.blocks = find_blocks(hf, self.projections)
-        self.sharing_refused = self.packing_refused = self.layering_refused = REFUSED
         self.eos = read_eos(hf)
         self._take_stock()
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.hf
+
+    def _dissect(self) -> Anatomy:
+        config = self.config
+        body = dissect(self.hf, config, self._names, self.hf)
+        patches = (config.image_size // config.patch_size) ** 2 if self.pixels else 0
+        longest = patches + 1 if self.pixels else config.max_position_embeddings
+        return replace(body, shape=replace(body.shape, vocab_size=_answers(self.hf, config), max_tokens=longest))
+
+    def _rule(self, body: Anatomy) -> Capabilities:
+        return Capabilities(layered=REFUSED, packed=REFUSED, expanded=REFUSED)
 
     @property
     def _first(self) -> Tensor:
@@ -84,10 +85,9 @@ class Encoder(HuggingFace):
             raise ValueError(f"the prompt has {len(images)} image(s), but {self.name} is a text model")
         return self._read_text(prompt, self.config.vocab_size)
 
-    def _call(self, edit: Edit | None, first: int, batch: int, n_tokens: int, **given: Any) -> Tensor:
+    def _logits(self, given: dict[str, Any]) -> Tensor:
         given = {key: value for key, value in given.items() if key in self._accepts}
-        with self._edited(edit, first, batch, n_tokens):
-            out = self.hf(**given)
+        out = self.hf(**given, return_dict=True)
         answer = next(out[key] for key in ("logits", "image_embeds", "text_embeds") if key in out)
         if answer.ndim == 2:
             return answer[:, None]

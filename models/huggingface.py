@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.anatomy import find_blocks, find_projections, read_eos, read_shape, why_not_packed, why_not_shared
+from models.anatomy import Anatomy, dissect, parts, read_eos
+from models.calls import Call, Passing, calling
+from models.hooks import edits, hooked, last_layer_of_rows, remembered, steers, undisturbed
 from models.images import PER_TOKEN, fit, image_marker, read_images
 from models.interface import (
     IMAGE,
+    Capabilities,
     Edit,
     Encoded,
     KeyValues,
@@ -23,16 +25,17 @@ from models.interface import (
     Prompt,
     PromptLike,
     Segment,
+    Shape,
     Steer,
     UnsupportedModelError,
 )
+from models.layout import Layout, Rows, entering
 from models.linear import onednn_layers, onednn_linear
-from models.packed import Layout, entering, packed_attention
+from models.packed import implementation, packed_attention
 from models.reading import check_ids, read_ids
+from models.rules import rules
 from models.shapes import Float, Int
 from models.sharding import execution_device, gather, head_mesh, own
-
-FEED_FORWARD = "mlp"
 
 
 class HuggingFace:
@@ -43,6 +46,8 @@ class HuggingFace:
     processor:   needed for prompts with images; brings its tokenizer.
     name:        stands in saved vectors and messages; default the config's `_name_or_path` or the class name.
     projections: dotted names of the attention output projections, a layer each, where they are not found.
+
+    Modules may be replaced later (adapters, quantisation): the parts are looked up at every call.
 
     Raises UnsupportedModelError if no output projections are found.
     """
@@ -57,33 +62,83 @@ class HuggingFace:
         name: str | None = None,
         projections: Sequence[str] | None = None,
     ):
+        if getattr(hf.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{type(hf).__name__} is an encoder-decoder: expected a decoder alone (...ForCausalLM), or an encoder"
+            )
         self.hf = hf
         self.processor = processor
         self.tokenizer = processor.tokenizer if tokenizer is None and processor is not None else tokenizer
         self.config = hf.config.get_text_config()  # type: ignore[operator, union-attr]
         self.name: str = name or str(hf.config._name_or_path) or type(hf).__name__  # type: ignore[union-attr]
-        self.decoder = hf.get_decoder() if hasattr(hf, "get_decoder") else hf  # type: ignore[operator]
-        if projections is None:
-            self.projections = find_projections(self.decoder, self.config.num_hidden_layers)
-        else:
-            self.projections = [hf.get_submodule(path) for path in projections]
-        self.shape = read_shape(self.config, self.projections)
-        self.sharing_refused = why_not_shared(self.decoder)
-        self.packing_refused = self.sharing_refused or why_not_packed(hf, self.config)
-        self.blocks = find_blocks(self.decoder, self.projections)
-        self.layering_refused = "" if self.blocks else "its blocks are not a list that its projections lie in"
         self.eos = read_eos(hf)
+        self._names = projections
         self._take_stock()
 
     def _take_stock(self) -> None:
-        """What every call needs and no call changes."""
-        self._modules = list(self.hf.modules())
-        self._linears = onednn_layers(self._modules)
-        self._mesh = head_mesh(self.hf, self.projections, self.shape)
-        self._accepts = inspect.signature(self.hf.forward).parameters
+        """What every call needs, as long as the model consists of the same parts."""
+        self._body = self._dissect()
+        modules = self._body.modules
+        self._linears = onednn_layers(modules)
+        self._compiled = any("_orig_mod" in module._modules for module in modules)
+        self._mesh = head_mesh(self.hf, self._body.projections, self._body.shape)
+        self._accepts = frozenset(inspect.signature(self.hf.forward).parameters)
+        self._ruled: tuple[Hashable, Capabilities] = None, Capabilities()
+
+    def _dissect(self) -> Anatomy:
+        return dissect(self.decoder, self.config, self._names, self.hf)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.hf.get_decoder() if hasattr(self.hf, "get_decoder") else self.hf  # type: ignore[operator]
+
+    @property
+    def body(self) -> Anatomy:
+        """The model's parts, as they are now."""
+        if not self._body.consists_of(*parts(self.hf)):
+            self._take_stock()
+        return self._body
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        return self.body.projections
+
+    @property
+    def shape(self) -> Shape:
+        return self._body.shape
+
+    def state(self) -> Hashable:
+        body = self.body
+        foreign = tuple((at, key) for at, module in enumerate(body.modules) for key in _foreign(module))
+        versions = sum(0 if weight.is_inference() else weight._version for weight in body.weights)
+        return id(body), foreign, versions, self._config_state(), self.dtype, self.device
+
+    def _config_state(self) -> str:
+        return repr({**vars(self.config), "_attn_implementation_internal": implementation(self.config)})
+
+    def foreign_hooks(self) -> list[str]:
+        return [name or type(module).__name__ for name, module in self.hf.named_modules() if _foreign(module)]
+
+    def rules(self) -> Capabilities:
+        body, state = self.body, self._config_state()
+        if self._ruled[0] != state:
+            self._ruled = state, self._rule(body)
+        return self._ruled[1]
+
+    def _rule(self, body: Anatomy) -> Capabilities:
+        return rules(self.hf, self.config, self.decoder, body, self._accepts)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}: {self.shape}; {self.dtype} on {self.device})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is found again: copies have parts of their own."""
+        again = ("_body", "_linears", "_compiled", "_mesh", "_accepts", "_ruled")
+        return {key: value for key, value in vars(self).items() if key not in again}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._take_stock()
 
     @property
     def device(self) -> torch.device:
@@ -92,13 +147,6 @@ class HuggingFace:
     @property
     def dtype(self) -> torch.dtype:
         return self.hf.get_input_embeddings().weight.dtype  # type: ignore[operator]
-
-    @property
-    def architecture(self) -> str:
-        fields = {k: v for k, v in self.hf.config.to_dict().items() if k != "_name_or_path"}  # type: ignore[operator,union-attr]
-        digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        over = "" if self._mesh is None else f" over {self._mesh.size()} processes"
-        return f"{type(self).__name__} {type(self.hf).__name__} {digest} {self.dtype} {self.device.type}{over}"
 
     def own_heads(self, x: Tensor, dim: int) -> Tensor:
         return x if self._mesh is None else own(x, dim, self._mesh)
@@ -149,6 +197,7 @@ class HuggingFace:
         steer: Steer | None = None,
     ) -> Float[Tensor, "batch vocab"]:
         batch, n_tokens = tokens.shape
+        body = self.body
         given: dict[str, Any] = {"input_ids": tokens, "use_cache": prefix is not None}
         if prefix is not None:
             given["past_key_values"] = _expanded_cache(prefix, batch)
@@ -157,8 +206,9 @@ class HuggingFace:
             given["position_ids"] = torch.arange(start, start + n_tokens, device=self.device).expand(batch, -1)
         for key, value in fit(dict(inputs or {}), n_tokens).items():
             given[key] = value if batch == 1 else value.repeat(batch, *[1] * (value.ndim - 1))
-        with self._running(), self._steered(steer, 0, batch, n_tokens):
-            return self._call(edit, 0, batch, n_tokens, logits_to_keep=1, **given)[:, -1]
+        with self._running(body, Call()):
+            # A slice: an integer makes some models cut their last layers short (Gemma4).
+            return self._call(edit, steer, None, logits_to_keep=slice(-1, None), **given)[:, -1]
 
     def pack(
         self,
@@ -168,55 +218,72 @@ class HuggingFace:
         logits: bool = True,
         steer: Steer | None = None,
     ) -> Packed:
-        if self.packing_refused:
-            raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {self.packing_refused}")
-        if segments[0].entry and self.layering_refused:
-            raise UnsupportedModelError(f"rows of {self.name} cannot come in layer by layer: {self.layering_refused}")
-        layout = Layout(segments, keep, last_layer=self.shape.n_layers - 1)
+        layered = bool(segments[0].entry)
+        if refused := self.rules().why_not("layered" if layered else "packed"):
+            how = "come in layer by layer" if layered else "be packed"
+            raise UnsupportedModelError(f"rows of {self.name} cannot {how}: {refused}")
+        body = self._body
+        layout = Layout(segments, keep, body.shape.n_layers)
         n_segments, step = len(segments), max(1, layout.n_tokens)
         # The last token of every row. No index tensor: the last layer may be on another device than the tokens.
         last = slice(layout.first_row + step - 1, None if logits else 0, step)
-        n_rows = -1 if layout.entry else n_segments * layout.n_rows
-        where = (layout.first_row, n_rows, layout.n_tokens)
+        rows = Rows(layout.first_row, layout.n_tokens)
+        ids = layout.tokens()
         images: dict[str, Any] = dict(segments[0].inputs)
         with (
-            self._running(),
-            packed_attention(self.config, layout),
-            entering(self.blocks, layout),
-            self._steered(steer, *where),
+            self._running(body, Call(layout)),
+            packed_attention(self.config),
+            entering(body.blocks, layout),
         ):
             out = self._call(
                 edit,
-                *where,
-                input_ids=layout.tokens(),
+                steer,
+                rows,
+                input_ids=ids,
                 position_ids=layout.positions(self.device),
+                # All ones: without it transformers takes rows, whose positions do not follow on, for other texts.
+                attention_mask=torch.ones_like(ids),
                 use_cache=False,
                 logits_to_keep=last,
                 **images,
             )
-        rows = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
-        return Packed(rows, layout.contexts, layout.rows) if keep else Packed(rows)
+        if layout.attended != body.shape.n_layers:
+            raise UnsupportedModelError(
+                f"rows of {self.name} cannot be packed: {layout.attended} attentions of "
+                f"{body.shape.n_layers} layers went through transformers' attention interface"
+            )
+        if "logits_to_keep" not in self._accepts:
+            out = out[:, last]
+        found = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
+        return Packed(found, layout.contexts, layout.rows) if keep else Packed(found)
 
     def packs_images(self, prompt: Encoded) -> bool:
         """Where a token counts by its id and its place alone: no token types, one place a token."""
-        remembered = any(hasattr(module, "rope_deltas") for module in self._modules)
-        return not remembered and not any(name in PER_TOKEN for name in prompt.inputs)
+        place = not any(hasattr(module, "rope_deltas") for module in self._body.remembering)
+        return place and not any(name in PER_TOKEN for name in prompt.inputs)
 
     def project(self, layer: int, z: Float[Tensor, "... heads head_dim"]) -> Float[Tensor, "... heads d_model"]:
-        projection, z = self.projections[layer], z.to(self.device, self.dtype)
-        if self._mesh is not None or projection.weight.is_meta:
+        """By the module itself, which may be quantised or carry an adapter: a head's z beside zeros, less the bias."""
+        projection, heads = self.projections[layer], self.shape.n_heads
+        weight = getattr(projection, "weight", None)
+        if self._mesh is not None or (isinstance(weight, Tensor) and weight.is_meta):
             raise UnsupportedModelError(
                 f"W_O of {self.name} is not all in this process: single heads are not projected"
             )
-        weight = projection.weight if type(projection).__name__ == "Conv1D" else projection.weight.mT  # [H*D, d_model]
-        return torch.einsum("...hd,hdm->...hm", z, weight.unflatten(0, (self.shape.n_heads, -1)))  # type: ignore[operator]
+        width = self._head_dims(self._body)[layer]
+        z = z.to(self.device, self.dtype)[..., :width]
+        alone = torch.zeros(*z.shape[:-2], heads, heads, width, dtype=z.dtype, device=z.device)
+        each = torch.arange(heads, device=z.device)
+        alone[..., each, each, :] = z  # [..., H, H, D]: head h alone in row h
+        with self._running(self._body, Call()):
+            return projection(alone.flatten(-2)) - projection(alone.new_zeros(1, heads * width))
 
-    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
-        if self.packing_refused or any(prompt.inputs for prompt in prompts):
+    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int], packed: bool = True) -> list[KeyValues]:
+        if not packed or self.rules().packed or any(prompt.inputs for prompt in prompts):
             return [self._prefill_one(prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
         none = torch.empty(0, 0, dtype=torch.long, device=self.device)
         segments = [Segment(prompt.ids[:n], none) for prompt, n in zip(prompts, lengths, strict=True)]
-        return self.pack(segments, keep=True).contexts
+        return self.pack(segments, keep=True, logits=False).contexts
 
     def _prefill_one(self, prompt: Encoded, n_tokens: int) -> KeyValues:
         """By the model's own attention, with its pixels; the positions it gives are read off on the way."""
@@ -228,136 +295,82 @@ class HuggingFace:
         def positions(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
             seen.append(kwargs.get("position_ids"))
 
-        handle = self.decoder.register_forward_pre_hook(positions, with_kwargs=True)
-        try:
-            with self._running():
+        with self._running(self.body, Call()):
+            handle = self.decoder.register_forward_pre_hook(Passing(positions), with_kwargs=True)
+            try:
                 given = fit(prompt.inputs, n_tokens)
                 ids = prompt.ids[None, :n_tokens]
-                self._call(
-                    None,
-                    0,
-                    1,
-                    n_tokens,
-                    input_ids=ids,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                    **given,
-                )
-        finally:
-            handle.remove()
+                more: dict[str, Any] = dict(use_cache=True, logits_to_keep=slice(-1, None), **given)
+                self._call(None, None, None, input_ids=ids, past_key_values=cache, **more)
+            finally:
+                handle.remove()
         given_positions = seen[0] if prompt.inputs and seen else None
         offset = 0 if given_positions is None else int(given_positions.max()) + 1 - n_tokens
+        if any(layer.keys is None or layer.keys.shape[2] != n_tokens for layer in cache.layers):
+            raise UnsupportedModelError(f"the cache of {self.name} does not keep every token of every layer")
         keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
         return KeyValues(keys, values, offset)
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Within: no dropout, and fast linear layers. After: all as before, positions remembered of images too."""
-        remembered = [(module, module.rope_deltas) for module in self._modules if hasattr(module, "rope_deltas")]
-        try:
-            with undisturbed(self._modules), onednn_linear(self._linears):
-                yield
-        finally:
-            for module, deltas in remembered:
-                module.rope_deltas = deltas
-
-    def _call(self, edit: Edit | None, first: int, batch: int, n_tokens: int, **given: Any) -> Tensor:
-        """The one place that runs the model: logits [batch, kept, vocab]. `edit` sees tokens from `first` on."""
-        given = {key: value for key, value in given.items() if key in self._accepts}
-        with self._edited(edit, first, batch, n_tokens):
-            return self.hf(**given).logits
+    def _head_dims(self, body: Anatomy) -> Sequence[int]:
+        return body.shape.head_dims or [body.shape.head_dim] * body.shape.n_layers
 
     @contextmanager
-    def _edited(self, edit: Edit | None, first: int, batch: int, tokens: int) -> Iterator[None]:
-        """Within: `edit` sees the input of every output projection, from token `first` of the sequence on."""
-        handles = []
-
-        def hook(layer: int, edit: Edit) -> Any:
-            return lambda _, args: (self._edit(edit, layer, args[0], first, batch, tokens), *args[1:])
-
-        try:
-            if edit is not None:
-                for layer, projection in enumerate(self.projections):
-                    handles.append(projection.register_forward_pre_hook(hook(layer, edit)))
-            if first and self.blocks:  # after the last attention, nothing reads what becomes of a context
-                for module in (self.projections[-1], getattr(self.blocks[-1], FEED_FORWARD, None)):
-                    handles += rows_only(module, first) if module is not None else []
+    def _running(self, body: Anatomy, call: Call) -> Iterator[None]:
+        """Within: no dropout, and fast linear layers. After: all as before, what is remembered of other calls too."""
+        with (
+            calling(self.hf, self.config, call),
+            undisturbed(body.modules),
+            remembered(body.remembering),
+            eager(self._compiled or any(module._compiled_call_impl is not None for module in body.modules)),
+            onednn_linear(self._linears),
+        ):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    @contextmanager
-    def _steered(self, steer: Steer | None, first: int, batch: int, tokens: int) -> Iterator[None]:
-        """Within: `steer` sees what a block gives, from token `first` of the sequence on."""
-        if steer and not self.blocks:
+    def _call(self, edit: Edit | None, steer: Steer | None, rows: Rows | None, **given: Any) -> Tensor:
+        """The one place that runs the model: logits [batch, kept, vocab]. rows: where those are that `edit` sees."""
+        body = self._body
+        if steer and not body.blocks:
             raise UnsupportedModelError(f"{self.name} cannot be steered: its blocks were not found")
+        with self._edited(edit, rows), hooked(lambda: steers(steer, body.blocks, rows)):
+            return self._logits(given)
 
-        def hook(change: Any) -> Any:
-            def after(_: nn.Module, __: Any, out: Any) -> Any:
-                h = out[0] if isinstance(out, tuple) else out  # [batch, tokens, d_model], or a packed sequence
-                if not first and len(h) == batch:
-                    h = change(h)
-                else:
-                    rows = change(h[0, first:].unflatten(0, (batch, tokens)))
-                    h = torch.cat([h[:, :first], rows.flatten(0, 1)[None]], dim=1)
-                return (h, *out[1:]) if isinstance(out, tuple) else h
+    def _edited(self, edit: Edit | None, rows: Rows | None) -> Any:
+        """Within: `edit` sees the input of every output projection, the last ones of rows only."""
+        body = self._body
+        return hooked(
+            lambda: chain(
+                edits(edit, body.projections, self._head_dims(body), rows),
+                last_layer_of_rows(body.projections, body.blocks, rows.first if rows else 0),
+            )
+        )
 
-            return after
+    def _logits(self, given: dict[str, Any]) -> Tensor:
+        given = {key: value for key, value in given.items() if key in self._accepts}
+        return self.hf(**given, **({"return_dict": True} if "return_dict" in self._accepts else {})).logits
 
-        handles = [self.blocks[layer].register_forward_hook(hook(change)) for layer, change in (steer or {}).items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _edit(self, edit: Edit, layer: int, x: Tensor, first: int, batch: int, tokens: int) -> Tensor:
-        """What a projection is given, edited from token `first` on: x itself, written to, if packed; else a new tensor.
+def _foreign(module: nn.Module) -> list[int]:
+    """What others have put on a module's forward: the keys of hooks, the id of another function."""
+    found = []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        if hooks:
+            found += [key for key, hook in hooks.items() if _of_others(hook)]
+    instead = module.__dict__.get("forward")
+    return found if instead is None or not _of_others(instead) else [*found, id(instead)]
 
-        x: [batch, tokens, H*D], or a packed sequence [1, first + batch*tokens, H*D]; batch -1: as many as there are.
-        """
-        if not first and len(x) == batch:
-            # Others may hold on to x: hooks of the caller, attention until its backward pass.
-            z = x.clone().unflatten(-1, (-1, self.shape.head_dim))
-            return edit(layer, z).reshape(x.shape)
-        # The sequence was made by the attention function for this layer alone. z is a view of it.
-        z = x[0, first:].unflatten(0, (batch, tokens)).unflatten(-1, (-1, self.shape.head_dim))
-        edited = edit(layer, z)
-        if edited is not z:
-            z.copy_(edited)
-        return x
+
+def _of_others(function: Any) -> bool:
+    """Not ours, nor transformers' own, which look at outputs that are asked for."""
+    return not isinstance(function, Passing) and not str(getattr(function, "__module__", "")).startswith(
+        "transformers."
+    )
 
 
 @contextmanager
-def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Within: no dropout. After: every module trains or not as before."""
-    training = [module for module in modules if module.training]
-    try:
-        for module in training:
-            module.training = False
+def eager(compiled: bool) -> Iterator[None]:
+    """Within: compiled modules run as they are written: compiled code does not look for hooks put in later."""
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
         yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def rows_only(module: nn.Module, first: int) -> list[Any]:
-    """Make a module that treats every token alike skip those before `first`, and give zeros for them."""
-    skipped = 0
-
-    def skip(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        nonlocal skipped
-        skipped = min(first, args[0].shape[1] - 1) if args else 0  # one token at least: some modules take no fewer
-        return (args[0][:, skipped:], *args[1:]) if args else args
-
-    def pad(_: nn.Module, __: Any, out: Any) -> Any:
-        if isinstance(out, tuple):  # a router's scores beside it
-            return (nn.functional.pad(out[0], (0, 0, skipped, 0)), *out[1:])
-        return nn.functional.pad(out, (0, 0, skipped, 0))
-
-    return [module.register_forward_pre_hook(skip), module.register_forward_hook(pad)]
 
 
 def _expanded_cache(prefix: KeyValues, rows: int) -> Any:

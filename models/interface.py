@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -25,7 +25,12 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder that a patch is checked against."""
+    """The sizes of a decoder that a patch is checked against.
+
+    n_layers counts the layers that have heads: of a hybrid (attention in some layers, a recurrence or convolution in
+    the others) those with attention, in order. head_dim is that of the widest layer; where `head_dims` says that others
+    are narrower, z of those ends with zeros, and as many numbers at the end of their values are not used.
+    """
 
     n_layers: int
     n_heads: int
@@ -34,12 +39,53 @@ class Shape:
     d_model: int
     vocab_size: int
     max_tokens: int
+    head_dims: tuple[int, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What stands in files."""
+        return {key: list(x) if isinstance(x, tuple) else x for key, x in asdict(self).items() if x != ()}
 
     def __str__(self) -> str:
         return (
             f"{self.n_layers} layers x {self.n_heads} heads ({self.n_kv_heads} key/value) x {self.head_dim}, "
             f"d_model {self.d_model}, vocabulary {self.vocab_size}, context {self.max_tokens}"
         )
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Which ways of running rows are exact on a model as it is now; where one is not, why.
+
+    layered:  rows of one sequence that come in at their first patched layer.
+    packed:   rows of one sequence.
+    expanded: rows that go on from copies of the model's own cache.
+    batch:    whole rows beside each other.
+    longest:  tokens of the longest prompt of which anything can be shared; `longer` says why no more.
+
+    >>> Capabilities(packed="its layers are convolutions").why_not("layered")
+    'its layers are convolutions'
+    """
+
+    layered: str = ""
+    packed: str = ""
+    expanded: str = ""
+    batch: str = ""
+    longest: int = 2**62
+    longer: str = ""
+
+    def why_not(self, way: str, n_tokens: int = 0) -> str:
+        """Why rows of a prompt of so many tokens are not exact this way; empty if they are."""
+        if way in ("layered", "packed", "expanded") and n_tokens > self.longest:
+            return self.longer
+        return (self.packed if way == "layered" else "") or getattr(self, way, "")
+
+    def shared(self, n_tokens: int = 0) -> str:
+        """Why nothing of such a prompt can be computed once for all rows; empty if it can."""
+        return self.why_not("packed", n_tokens) and self.why_not("expanded", n_tokens)
+
+    def without(self, way: str, why: str) -> Capabilities:
+        """The same, less one way."""
+        return replace(self, **{way: why})  # type: ignore[arg-type]
 
 
 IMAGE = "<image>"
@@ -170,22 +216,25 @@ class Model(Protocol):
     """The one interface behind which the backends stand."""
 
     name: str
-    shape: Shape
     tokenizer: Any
-    # Why packed rows are not exact on this model; empty if they are.
-    packing_refused: str
-    # Why packed rows cannot come in at later layers; empty if they can.
-    layering_refused: str
-    # Why no prefix can be shared at all; empty if it can.
-    sharing_refused: str
     # Whether it continues text; encoders do not.
     generates: bool
     # Tokens that end an answer.
     eos: frozenset[int]
 
     @property
-    def architecture(self) -> str:
-        """Equal for models on which the same strategies are exact."""
+    def shape(self) -> Shape: ...
+
+    def state(self) -> Hashable:
+        """Equal as long as nothing changed that results depend on: modules, weights, hooks, attention, dtype."""
+        ...
+
+    def rules(self) -> Capabilities:
+        """What is exact by all that is known of such a model, before anything is run."""
+        ...
+
+    def foreign_hooks(self) -> list[str]:
+        """Names of modules with forward hooks that others have put there."""
         ...
 
     @property
@@ -253,6 +302,6 @@ class Model(Protocol):
         """What each head adds to the residual stream: W_O applied to its z alone, without the bias."""
         ...
 
-    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
-        """Keys and values of the first tokens of each prompt, unpatched."""
+    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int], packed: bool = True) -> list[KeyValues]:
+        """Keys and values of the first tokens of each prompt, unpatched; packed: together, if they have no images."""
         ...

@@ -10,15 +10,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models import dense
+from models.anatomy import Anatomy
+from models.calls import Call, current
+from models.hooks import edit_z
 from models.huggingface import HuggingFace
-from models.interface import Edit, Encoded, KeyValues, Packed, Segment, Steer, UnsupportedModelError
-from models.packed import Layout
+from models.interface import Capabilities, Edit, Encoded, KeyValues, Packed, Segment, Steer, UnsupportedModelError
+from models.layout import Layout, Rows
 
 # Prompts computed in one sequence are scored against each other only to be masked: longer ones are computed alone.
 PREFILL_TOKENS = 1024
@@ -50,11 +54,14 @@ class TransformerLens(HuggingFace):
         if tokenizer is None and processor is None:
             tokenizer = bridge.tokenizer
         super().__init__(hf, tokenizer, processor, name, projections)
-        self.layering_refused = "TransformerLens runs its own blocks"
         self.bridge = bridge
         # Each by its first name: by an alias, TransformerLens may call a hook once for either name.
         self._hooks: list[str] = [output.hook_in.name for output in outputs]
-        self.packing_refused = self.sharing_refused or dense.why_not_dense(self.config)
+
+    def _rule(self, body: Anatomy) -> Capabilities:
+        found = super()._rule(body)
+        packed = found.shared() or dense.why_not_dense(self.config)
+        return replace(found, packed=packed, layered="TransformerLens runs its own blocks")
 
     def pack(
         self,
@@ -64,18 +71,18 @@ class TransformerLens(HuggingFace):
         logits: bool = True,
         steer: Steer | None = None,
     ) -> Packed:
-        if self.packing_refused:
-            raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {self.packing_refused}")
+        if refused := self.rules().packed:
+            raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {refused}")
         if any(segment.length is not None for segment in segments):
             raise UnsupportedModelError(f"{self.name} packs rows by a dense mask, which takes no buffer filled in part")
-        layout = Layout(segments, keep)
+        layout = Layout(segments, keep, self.shape.n_layers)
         n_segments, last = len(segments), layout.last_tokens(self.device)[: None if logits else 0]
         cache = dense.fill(layout)
-        where = (layout.first_row, n_segments * layout.n_rows, layout.n_tokens)
-        with self._running(), self._steered(steer, *where):
+        with self._running(self._body, Call()):
             out = self._call(
                 edit,
-                *where,
+                steer,
+                Rows(layout.first_row, layout.n_tokens),
                 input_ids=layout.tokens(),
                 position_ids=layout.positions(self.device),
                 attention_mask=dense.masks(layout, self.config, self.dtype, self.device),
@@ -94,24 +101,21 @@ class TransformerLens(HuggingFace):
     def packs_images(self, prompt: Encoded) -> bool:
         return False  # the dense mask stands in for the model's own, images are prefilled with that
 
-    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int]) -> list[KeyValues]:
-        if len(prompts) > 1 and sum(lengths) > PREFILL_TOKENS:
-            return [self._prefill_one(prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
-        return super().prefill(prompts, lengths)
+    def prefill(self, prompts: Sequence[Encoded], lengths: Sequence[int], packed: bool = True) -> list[KeyValues]:
+        return super().prefill(prompts, lengths, packed and (len(prompts) == 1 or sum(lengths) <= PREFILL_TOKENS))
 
     @contextmanager
-    def _edited(self, edit: Edit | None, first: int, batch: int, tokens: int) -> Iterator[None]:
-        """Within: `edit` sees every layer's hook_z, from token `first` of the sequence on."""
+    def _edited(self, edit: Edit | None, rows: Rows | None) -> Iterator[None]:
+        """Within: `edit` sees every layer's hook_z."""
+        call, head_dims = current(), self._head_dims(self._body)
 
         def at(layer: int) -> Any:
-            def hook(z: Tensor, hook: Any) -> Tensor:
-                # [batch, tokens, H, D], or the contexts and rows of a packed sequence [1, first + batch*tokens, H, D].
-                whole = z.clone(memory_format=torch.contiguous_format)  # hooks of the caller may hold on to z
-                rows = whole[:, first:].view(batch, tokens, -1, self.shape.head_dim)
-                edited = edit(layer, rows)  # type: ignore[misc]
-                if edited is not rows:
-                    rows.copy_(edited)
-                return whole
+            def hook(z: Tensor, hook: Any) -> Tensor | None:
+                if current() is not call:
+                    return None
+                # A copy, as hooks of the caller may hold on to z: [batch, tokens, H, D], or a packed sequence.
+                whole = z.clone(memory_format=torch.contiguous_format)
+                return edit_z(edit, layer, whole.flatten(2), head_dims[layer], rows).view(z.shape)  # type: ignore[arg-type]
 
             return hook
 

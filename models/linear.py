@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from models.calls import Passing, current
+
 
 def onednn_layers(modules: Sequence[nn.Module]) -> list[nn.Linear]:
     """The plain linear layers with plain weights (sharded ones are DTensors), if this torch has the operation."""
@@ -27,7 +29,7 @@ def onednn_linear(layers: Sequence[nn.Linear]) -> Iterator[None]:
     free = [] if torch.is_grad_enabled() else [layer for layer in layers if "forward" not in layer.__dict__]
     try:
         for layer in free:
-            layer.forward = partial(_multiply, layer)  # type: ignore[method-assign]
+            layer.forward = Passing(partial(_multiply, layer))  # type: ignore[method-assign, assignment]
         yield
     finally:
         for layer in free:
@@ -36,6 +38,8 @@ def onednn_linear(layers: Sequence[nn.Linear]) -> Iterator[None]:
 
 def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or weight.device.type != "cpu" or not x.numel():
+    others = current() is None  # a forward beside ours, which may record gradients
+    plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and x.numel()
+    if others or not plain:
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextvars import copy_context
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from models.anatomy import Anatomy
+from models.hooks import edit_z, hooked, steers
 from models.huggingface import HuggingFace
-from models.interface import Edit, UnsupportedModelError
+from models.interface import Capabilities, Edit, Steer, UnsupportedModelError
+from models.layout import Rows
 
 LEFT = ("forward", "__nnsight__")  # what nnsight leaves in the __dict__ of a module
 
@@ -63,15 +67,16 @@ class NNsightBackend(HuggingFace):
         processor = processor or getattr(model, "processor", None)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         super().__init__(model._module, tokenizer, processor, name, projections)
-        self.layering_refused = "nnsight runs the blocks inside a trace"
         self.model = model
-        envoys = {id(envoy._module): envoy for envoy in model.modules()}
-        self._envoys = [envoys[id(projection)] for projection in self.projections]
+        self._envoys = {envoy._module: envoy for envoy in model.modules()}
         self._own_edits = list(model._edits)
         self._found: dict[nn.Module, dict[str, Any]] = {}
+
+    def _rule(self, body: Anatomy) -> Capabilities:
         if self._own_edits:
-            self.sharing_refused = self.sharing_refused or "it has edits registered with nnsight, of any token"
-            self.packing_refused = self.packing_refused or self.sharing_refused
+            why = "it has edits registered with nnsight, of any token"
+            return Capabilities(layered=why, packed=why, expanded=why)
+        return replace(super()._rule(body), layered="nnsight runs the blocks inside a trace")
 
     def unwrap(self) -> nn.Module:
         """The transformers model, without what nnsight put on it if `from_huggingface` did; not to be used after."""
@@ -79,26 +84,28 @@ class NNsightBackend(HuggingFace):
         self._found = {}
         return self.hf
 
-    def _call(self, edit: Edit | None, first: int, batch: int, n_tokens: int, **given: Any) -> Tensor:
-        given = {key: value for key, value in given.items() if key in self._accepts}
+    def _call(self, edit: Edit | None, steer: Steer | None, rows: Rows | None, **given: Any) -> Tensor:
         if self.model.interleaver.interleaving:
             raise RuntimeError(f"{self.name} is in a trace already: patch it outside")
         if self.model._edits != self._own_edits:
             raise RuntimeError(f"edits of {self.name} were registered or cleared since it was wrapped: wrap it again")
         logits: list[Tensor] = []
-        envoys = [] if edit is None else self._envoys
+        head_dims, projections = self._head_dims(self._body), [] if edit is None else self._body.projections
+        if not self._envoys.keys() >= set(projections):
+            raise RuntimeError(f"modules of {self.name} were replaced since nnsight wrapped it: wrap it again")
         # The block runs in a greenlet, whose context variables are not the caller's: edit gets the caller's.
         apply = copy_context().run
-        change: Any = self._edit
+        change: Any = edit_z
 
         def run(_: Tensor) -> None:
-            logits.append(self.hf(**given).logits)
+            logits.append(self._logits(given))
 
         # A float tensor goes to `run` as it is, whatever the class of nnsight's model; token ids would be prepared.
-        with self.model.trace(torch.zeros(1, 1), fn=run):
-            for layer, envoy in enumerate(envoys):
+        with hooked(lambda: steers(steer, self._body.blocks, rows)), self.model.trace(torch.zeros(1, 1), fn=run):
+            for layer, projection in enumerate(projections):
+                envoy = self._envoys[projection]
                 x = envoy.input
-                edited = apply(change, edit, layer, x, first, batch, n_tokens)
+                edited = apply(change, edit, layer, x, head_dims[layer], rows)
                 if edited is not x:
                     envoy.input = edited
         return logits[0]

@@ -106,9 +106,27 @@ def wrap(
         return _whole(nnsight_backend.NNsightBackend(model, tokenizer, processor, name, projections))
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    model = _inner(model)
     generates = getattr(model, "can_generate", lambda: False)()
     kind = HuggingFace if generates else Encoder
     return kind(model, tokenizer, processor, name, projections)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The transformers model that torch.compile, or peft, has wrapped: adapters are modules in it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            kinds: Any = model.peft_config
+            if learned := [kind.peft_type.value for kind in kinds.values() if kind.is_prompt_learning]:
+                raise UnsupportedModelError(
+                    f"{', '.join(learned)} puts tokens of its own before every prompt, at places that are not the "
+                    "prompt's: expected adapters inside the model (LoRA and its kin)"
+                )
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
 
 
 def _whole(model: HuggingFace) -> Model:

@@ -7,14 +7,17 @@ attention is where the tokens are kept apart:
     token i of row r             sees the whole context and tokens j <= i of r   (one softmax over both parts)
 
 The function below is registered with transformers' attention interface, so that the model's own code computes
-queries, keys and values (with its rotary positions, biases, norms) and the output projection.
+queries, keys and values (with its rotary positions, biases, norms) and the output projection. Which keys a query may
+see at all (windows, chunks) is what the model tells transformers' mask interface, asked for the places that tokens have
+in their texts. What a model tells its attention and is not known here is refused. Forwards of others that come this way
+meanwhile attend as the model did before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,143 +26,88 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.interface import KeyValues, Segment
-from models.shapes import Bool, Float, Int
+from models.calls import current
+from models.interface import KeyValues, UnsupportedModelError
+from models.layout import Layout, Sees, causal
+from models.shapes import Bool, Float
 
 NAME = "headpatch_packed"
+# Arguments of attention functions that say nothing of what attention computes.
+HARMLESS = frozenset(
+    {
+        "dropout",
+        "is_causal",
+        "position_ids",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+        "logits_to_keep",
+        "return_dict",
+    }
+)
+_stands_for: dict[int, str] = {}  # by config, the attention implementation that NAME stands in for
 
 
-class Layout:
-    """Where each token of a packed sequence lies, and the keys and values kept on the way."""
-
-    def __init__(self, segments: Sequence[Segment], keep: bool, last_layer: int | None = None):
-        self.segments = segments
-        self.keep = keep
-        self.last_layer = last_layer  # after it, nothing reads the contexts
-        self.n_rows, self.n_tokens = segments[0].rows.shape
-        self.first_row = sum(segment.n_computed for segment in segments)
-        self.entry = segments[0].entry
-        self.contexts = [s.context if isinstance(s.context, KeyValues) else KeyValues() for s in segments]
-        self.rows = [KeyValues() for _ in segments]
-        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
-
-    def tokens(self) -> Int[Tensor, "1 sequence"]:
-        contexts = [s.context for s in self.segments if isinstance(s.context, Tensor)]
-        return torch.cat([*contexts, *(s.rows.flatten() for s in self.segments)])[None]
-
-    def positions(self, device: torch.device) -> Int[Tensor, "1 sequence"]:
-        """Rows continue their context: all rows of a segment stand at the same positions."""
-        contexts = [torch.arange(s.n_computed, device=device) for s in self.segments]
-        starts = [s.position for s in self.segments]
-        rows = [(start + torch.arange(self.n_tokens, device=device)).repeat(self.n_rows) for start in starts]
-        return torch.cat([*contexts, *rows])[None]
-
-    def last_tokens(self, device: torch.device) -> Int[Tensor, " rows"]:
-        """Index in the sequence of the last token of every row."""
-        count = len(self.segments) * self.n_rows
-        return self.first_row + self.n_tokens * torch.arange(1, count + 1, device=device) - 1
-
-    def mask(self, index: int, window: int | None, device: torch.device) -> Bool[Tensor, "tokens keys"] | None:
-        """Which of the keys [context | own] each token of a row of this segment sees; None: all of them."""
-        if (index, window) not in self._masks:
-            segment = self.segments[index]
-            n_seen = segment.n_past + self.n_tokens
-            short = window is None or segment.n_context + n_seen <= window
-            if self.n_tokens == 1 and segment.length is None and short:
-                self._masks[index, window] = None
-            else:
-                self._masks[index, window] = rows_mask(segment, n_seen, self.n_tokens, window, device)
-        return self._masks[index, window]
+def implementation(config: Any) -> str | None:
+    """The attention of the model itself, also while a call of ours stands in for it."""
+    name = config._attn_implementation
+    return _stands_for.get(id(config)) if name == NAME else name
 
 
-def rows_mask(
-    segment: Segment, n_seen: int, n_tokens: int, window: int | None, device: torch.device
-) -> Bool[Tensor, "tokens keys"]:
-    """A row's tokens, the last of the `n_seen` that are its own, see the context and themselves, never ahead, and no
-    further back than the window.
-    """
-    length = segment.n_context if segment.length is None else segment.length
-    context = torch.arange(segment.n_context, device=device)
-    own = length + torch.arange(n_seen, device=device)
-    back = own[n_seen - n_tokens :, None] - torch.cat([context, own])  # [K, S + n_seen]
-    seen = back >= 0 if window is None else (back >= 0) & (back < window)
-    if segment.length is not None:
-        seen[:, : segment.n_context] &= context < length
-    return seen
+def why_not_known(config: Any) -> str:
+    """Why what the model's attention computes is not known; empty if it is one of transformers' own."""
+    from transformers import AttentionInterface
 
-
-_layout: ContextVar[Layout] = ContextVar("headpatch_layout")
+    name = implementation(config)
+    function = AttentionInterface._global_mapping.get(name) if name is not None else None
+    if function is None and name in (None, "eager"):
+        return ""
+    if function is None or not str(getattr(function, "__module__", "")).startswith("transformers."):
+        return f"its attention {name!r} is not one of transformers' own"
+    return ""
 
 
 @contextmanager
-def packed_attention(config: Any, layout: Layout) -> Iterator[None]:
-    """Within: the modules that read `config` attend by `layout`. After: the config is as it was."""
-    from transformers import AttentionInterface
+def packed_attention(config: Any) -> Iterator[None]:
+    """Within: the modules that read `config` attend by the layout of the call. After: the config is as it was."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attend)
-    token, before = _layout.set(layout), config._attn_implementation_internal
+    AttentionMaskInterface.register(NAME, seeing)
+    before = config._attn_implementation_internal
+    if before != NAME:
+        _stands_for[id(config)] = before
     try:
         # The internal name: the public setter would also reach the configs of other towers.
         config._attn_implementation_internal = NAME
         yield
     finally:
         config._attn_implementation_internal = before
-        _layout.reset(token)
 
 
-@contextmanager
-def entering(blocks: Sequence[nn.Module], layout: Layout) -> Iterator[None]:
-    """Within: rows of a segment with `entry` stay out of the blocks before theirs; `layout.n_rows` counts those in.
+def seeing(*, mask_function: Any, config: Any, use_vmap: bool = False, allow_is_causal_skip: bool = True, **given: Any):  # type: ignore[no-untyped-def]
+    """In place of transformers' masks: what they would say."""
+    call = current()
+    if call is None or call.layout is None:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    The embedding and what follows the last block see all of them. What else a block is given token by token (positions,
-    rotary tables) is cut to the rows that are in.
-    """
-    whole = layout.first_row + layout.n_rows * layout.n_tokens
-    first = slice(layout.first_row, layout.first_row + layout.n_tokens)
+        own = ALL_MASK_ATTENTION_FUNCTIONS[implementation(config)]
+        given |= dict(mask_function=mask_function, config=config, use_vmap=use_vmap)
+        return own(**given, allow_is_causal_skip=allow_is_causal_skip)
+    if use_vmap or not allow_is_causal_skip:
+        raise UnsupportedModelError("it lays a mask of its own over the causal one")
+    from transformers.masking_utils import causal_mask_function
 
-    def cut(x: Any, length: int) -> Any:
-        if isinstance(x, tuple):
-            return tuple(cut(part, length) for part in x)
-        if not isinstance(x, Tensor) or 1 not in x.shape[:-1]:
-            return x
-        dim = x.shape.index(1) + 1  # [.., 1, tokens, ..]: tokens follow the batch
-        return x.narrow(dim, 0, length) if x.shape[dim] == whole else x
-
-    def enter(n_rows: int) -> Any:
-        length = layout.first_row + n_rows * layout.n_tokens
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-            layout.n_rows = n_rows
-            hidden = args[0] if args else kwargs["hidden_states"]  # [1, tokens, d_model]
-            new = (length - hidden.shape[1]) // layout.n_tokens
-            if new > 0:
-                hidden = torch.cat([hidden, hidden[:, first].repeat(1, new, 1)], dim=1)
-            hidden = hidden[:, :length]
-            others = {key: cut(x, length) for key, x in kwargs.items() if key != "hidden_states"}
-            if not args:
-                return (), {"hidden_states": hidden, **others}
-            return (hidden, *(cut(x, length) for x in args[1:])), others
-
-        return hook
-
-    handles = []
-    try:
-        for layer, block in enumerate(blocks if layout.entry else ()):
-            n_in = sum(entry <= layer for entry in layout.entry)
-            handles.append(block.register_forward_pre_hook(enter(n_in), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return causal(None) if mask_function is causal_mask_function else Sees(mask_function)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a layer scores: query i sees keys j <= i and i - j < window; scores are scaled, then capped."""
+    """How a layer scores: scaled, then capped. Sinks: scores of a key that every query sees and that has no value."""
 
     scale: float
-    window: int | None
     softcap: float | None
+    sinks: Float[Tensor, " heads"] | None
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         return self.capped((q * self.scale) @ k.mT)
@@ -167,26 +115,43 @@ class Rule:
     def capped(self, scores: Tensor) -> Tensor:
         return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
-    def sees(self, n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "queries keys"]:
-        """Of the last `n_queries` of `n_keys` tokens."""
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)
-        return mask if self.window is None else mask.triu(n_keys - n_queries + 1 - self.window)
+    def weights(self, scores: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Softmax at least in float32, as fused attention accumulates; float64 stays float64."""
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.to(scores).expand(*scores.shape[:-1], 1)], dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
+        return weights if sinks is None else weights[..., :-1]
 
 
 def attend(
     module: nn.Module,
-    query: Float[Tensor, "1 heads sequence head_dim"],
-    key: Float[Tensor, "1 kv_heads sequence head_dim"],
-    value: Float[Tensor, "1 kv_heads sequence head_dim"],
-    attention_mask: None,
+    query: Float[Tensor, "batch heads sequence head_dim"],
+    key: Float[Tensor, "batch kv_heads keys head_dim"],
+    value: Float[Tensor, "batch kv_heads keys value_dim"],
+    attention_mask: Any,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
-) -> tuple[Float[Tensor, "1 sequence heads head_dim"], None]:
-    layout = _layout.get()
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    s_aux: Float[Tensor, " heads"] | None = None,
+    **others: Any,
+) -> tuple[Float[Tensor, "batch sequence heads value_dim"], Any]:
+    call = current()
+    if call is None or call.layout is None:
+        given = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+        known = {name: x for name, x in given.items() if x is not None}
+        return _own_attention(module)(module, query, key, value, attention_mask, **known, **others)
+    layout: Layout = call.layout
+    if others.get("is_causal") is False:
+        raise UnsupportedModelError("its tokens see those that follow them")
+    if unknown := sorted(name for name, x in others.items() if x is not None and name not in HARMLESS):
+        raise UnsupportedModelError(f"its attention is told {', '.join(unknown)}, which packed rows do not follow")
+    if attention_mask is None:
+        attention_mask = causal(sliding_window)
+    if not isinstance(attention_mask, Sees):
+        raise UnsupportedModelError("its attention is given a mask of the model's own making")
+    layer, layout.attended = layout.attended, layout.attended + 1
+    rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    n_rows, width = layout.rows_in(query.shape[2]), value.shape[-1]
     contexts, rows = [], []
     start, row = 0, layout.first_row
     for index, segment in enumerate(layout.segments):
@@ -198,7 +163,11 @@ def attend(
             k, v = key[0, :, here], value[0, :, here]
             if segment.n_computed:
                 q = query[:, :, here]
-                z = torch.zeros_like(q) if layer == layout.last_layer else _causal(q, k[None], v[None], rule)
+                if layer == layout.n_layers - 1:
+                    z = q.new_zeros(*q.shape[:-1], width)
+                else:
+                    mask = layout.context_mask(segment.n_computed, attention_mask, q.device)
+                    z = _causal(q, k[None], v[None], rule, mask)
                 contexts.append(z.transpose(1, 2))
             if layout.keep:
                 # Copies: a slice of the packed sequence would keep all of it, the rows too, in memory.
@@ -207,9 +176,9 @@ def attend(
         if not layout.n_rows:
             continue
 
-        here = slice(row, row + layout.n_rows * layout.n_tokens)
+        here = slice(row, row + n_rows * layout.n_tokens)
         row = here.stop
-        split = (layout.n_rows, layout.n_tokens)
+        split = (n_rows, layout.n_tokens)
         q = query[0, :, here].unflatten(1, split).transpose(0, 1)  # [R, H, K, D]
         own_k = key[0, :, here].unflatten(1, split).transpose(0, 1)  # [R, Hkv, K, D]
         own_v = value[0, :, here].unflatten(1, split).transpose(0, 1)
@@ -220,40 +189,53 @@ def attend(
             layout.rows[index].keys.append(own_k)
             layout.rows[index].values.append(own_v)
         if segment.n_context or segment.past is not None:
-            z = _rows(q, k, v, own_k, own_v, rule, layout.mask(index, rule.window, q.device))
+            z = _rows(q, k, v, own_k, own_v, rule, layout.rows_mask(index, attention_mask, q.device))
         else:
-            z = _causal(q, own_k, own_v, rule)
+            z = _causal(q, own_k, own_v, rule, layout.context_mask(layout.n_tokens, attention_mask, q.device))
         rows.append(z.transpose(1, 2).flatten(0, 1)[None])  # [1, R*K, H, D]
     return torch.cat([*contexts, *rows], dim=1), None
+
+
+def _own_attention(module: nn.Module) -> Callable[..., Any]:
+    """What the module would have called, were NAME not standing there."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = implementation(module.config)
+    files = [sys.modules[kind.__module__] for kind in type(module).__mro__ if kind.__module__ in sys.modules]
+    eager = next((x for file in files if (x := getattr(file, "eager_attention_forward", None))), None)
+    functions = [x for file in files if (x := getattr(file, "ALL_ATTENTION_FUNCTIONS", None)) is not None]
+    return (functions or [ALL_ATTENTION_FUNCTIONS])[0].get_interface(name, eager)
 
 
 def _causal(
     q: Float[Tensor, "batch heads tokens head_dim"],
     k: Float[Tensor, "batch kv_heads tokens head_dim"],
-    v: Float[Tensor, "batch kv_heads tokens head_dim"],
+    v: Float[Tensor, "batch kv_heads tokens value_dim"],
     rule: Rule,
-) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """Plain causal attention of sequences that see nothing before them."""
+    mask: Bool[Tensor, "tokens tokens"] | None,
+) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """Attention of sequences that see nothing before them; without a mask all tokens up to their own."""
     n_tokens, group = q.shape[2], q.shape[1] // k.shape[1]
-    if rule.softcap is not None:  # no fused attention caps scores
+    if rule.softcap is not None or rule.sinks is not None:  # fused attention knows of neither
         scores = rule.scores(q, k.repeat_interleave(group, dim=1))
-        scores = scores.masked_fill(~rule.sees(n_tokens, n_tokens, q.device), float("-inf"))
-        return _softmax(scores, v.dtype) @ v.repeat_interleave(group, dim=1)
-    short = rule.window is None or n_tokens <= rule.window
-    mask = None if short else rule.sees(n_tokens, n_tokens, q.device)
-    causal = short and n_tokens > 1
-    return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=rule.scale, enable_gqa=group > 1)
+        if mask is None:
+            mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~mask, float("-inf"))
+        sinks = None if rule.sinks is None else rule.sinks[:, None, None]
+        return rule.weights(scores, sinks, v.dtype) @ v.repeat_interleave(group, dim=1)
+    plain = mask is None and n_tokens > 1
+    return scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=rule.scale, enable_gqa=group > 1)
 
 
 def _rows(
     q: Float[Tensor, "rows heads tokens head_dim"],
     k: Float[Tensor, "kv_heads context head_dim"],
-    v: Float[Tensor, "kv_heads context head_dim"],
+    v: Float[Tensor, "kv_heads context value_dim"],
     own_k: Float[Tensor, "rows kv_heads seen head_dim"],
-    own_v: Float[Tensor, "rows kv_heads seen head_dim"],
+    own_v: Float[Tensor, "rows kv_heads seen value_dim"],
     rule: Rule,
     mask: Bool[Tensor, "tokens keys"] | None,
-) -> Float[Tensor, "rows heads tokens head_dim"]:
+) -> Float[Tensor, "rows heads tokens value_dim"]:
     """softmax([q k^T | q own_k^T]) [v | own_v]: the context is one matrix for all rows and is never copied.
 
     Query heads that share a key/value head are folded into its rows: [Hkv, R*G*K, D] @ [Hkv, D, S].
@@ -267,13 +249,11 @@ def _rows(
     scores = torch.cat([seen, own.flatten(1, 2)], dim=-1)
     if mask is not None:
         scores = scores.unflatten(1, (-1, n_tokens)).masked_fill(~mask, float("-inf")).flatten(1, 2)
-    weights = _softmax(scores, v.dtype)
-    by_context = torch.bmm(weights[..., :n_context], v).view(q.shape)  # [Hkv, R, G*K, D]
+    sinks = None
+    if rule.sinks is not None:  # [H] -> [Hkv, R*G*K, 1]
+        sinks = rule.sinks.view(len(k), 1, -1, 1).expand(-1, q.shape[1], -1, n_tokens).flatten(1)[..., None]
+    weights = rule.weights(scores, sinks, v.dtype)
+    by_context = torch.bmm(weights[..., :n_context], v).unflatten(1, q.shape[1:3])  # [Hkv, R, G*K, D]
     by_own = weights[..., n_context:].unflatten(1, q.shape[1:3])
     z = by_context + (by_own * own_v if alone else by_own @ own_v)
     return rearrange(z, "kv r (g k) d -> r (kv g) k d", k=n_tokens)
-
-
-def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
-    """At least in float32, as fused attention accumulates; float64 stays float64."""
-    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine import Example
+from models.calls import Passing
 
 # The tiny llama has 3 layers, 6 heads of 8, 97 tokens, a context of 128.
 MASK = torch.ones(2, 3, 6, dtype=torch.bool)
@@ -23,7 +24,7 @@ def state(model):
 def refused(model, error, *words):
     """Within: `error` is raised, with all the words in its message; nothing runs and nothing is left behind."""
     before, runs = state(model), []
-    handle = model.hf.register_forward_pre_hook(lambda *_: runs.append("run"))
+    handle = model.hf.register_forward_pre_hook(Passing(lambda *_: runs.append("run")))
     try:
         with pytest.raises(error) as caught:
             yield

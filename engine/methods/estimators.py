@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from engine.checking import check_once
-from engine.prefix import Prefix
+from engine.checking import able
+from engine.prefix import Prefix, compute, shareable
 from engine.runner import segments
 from models import Edit, Model, UnsupportedModelError
 from models.shapes import Float
@@ -42,7 +42,7 @@ def gated(
 
     def edit(layer: int, z: Tensor) -> Tensor:
         # A copy: a backend writes to z, and the backward pass reads what it was.
-        last = z[:, -1:].clone().lerp(means[layer].to(z), gates[:, :, layer].to(z))
+        last = z[:, -1:].clone().lerp(means[layer][:, : z.shape[-1]].to(z), gates[:, :, layer].to(z))
         return torch.cat([z[:, :-1], last], dim=1)
 
     return edit
@@ -55,14 +55,15 @@ def gated_logits(
     means: Float[Tensor, "layers heads head_dim"],
 ) -> Float[Tensor, "prompts rollouts vocab"]:
     """Of the last token; differentiable in the gates. Prefixes are as they were computed, without a graph."""
-    check_once(model, prompts[0])
+    found = able(model, prompts)
     rollouts = gates.shape[1]
-    if not (model.packing_refused or model.sharing_refused):
+    if not any(can.why_not("packed", len(prompt.tokens)) for can, prompt in zip(found, prompts, strict=True)):
         packed = segments(prompts, [len(prompt.tokens) - 1 for prompt in prompts], rollouts)
         return model.pack(packed, gated(model, gates.flatten(0, 1), means)).logits
     logits = []
     for prompt, rows in zip(prompts, gates, strict=True):
-        split = 0 if model.sharing_refused else len(prompt.tokens) - 1
+        split = shareable(prompt, len(prompt.tokens) - 1)
+        prompt = compute([prompt], [split])[0]
         ids = prompt.tokens[split:].expand(rollouts, -1)
         prefix, inputs = (prompt.cache[:split], None) if split else (None, prompt.prompt.inputs)
         logits.append(model.forward(ids, gated(model, rows, means), prefix, inputs))

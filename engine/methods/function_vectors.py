@@ -13,7 +13,7 @@ that their format is known, and the task is not.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def extract(
         means = mean_activations(model, clean, progress=progress)
     effects = sweep(model, shuffled, means, metric="probability", checkpoint=checkpoint, progress=progress)
     heads: list[tuple[int, int]] = effects.top(k, by="positive")
-    metadata = dict(method="fv", model=model.name, shape=asdict(model.shape), k=k, prompts=len(shuffled))
+    metadata = dict(method="fv", model=model.name, shape=model.shape.as_dict(), k=k, prompts=len(shuffled))
     return FunctionVector(compose(model, means, heads), heads, metadata), effects
 
 

@@ -22,7 +22,7 @@ import platform
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from engine.artifacts import TaskVector
+from engine.checking import able
 from engine.distributed import ALONE, LostRankError, World, digest
 from engine.distributed import identity as model_identity
 from engine.intervention import read_values
@@ -188,7 +189,7 @@ def extract(
         at_once=at_once,
         method="mtv",
         model=model.name,
-        shape=asdict(model.shape),
+        shape=model.shape.as_dict(),
         steps=steps,
         validation_loss=validation_loss,
         losses=search.losses,
@@ -245,7 +246,7 @@ def _shared(estimator: str, rollouts: int, prompts_per_step: int) -> tuple[str, 
 
 def _replay(model: Model, pool: PrefixPool, at_once: int) -> RowStep | None:
     """The step as a CUDA graph, where the model is on a GPU and its rows pack."""
-    if model.device.type != "cuda" or model.packing_refused:
+    if model.device.type != "cuda" or any(can.packed for can in able(model, pool.prompts)):
         return None
     lengths = [len(prompt.tokens) - 1 for prompt in pool.prompts]
     return RowStep(model, rows=max(2, at_once), context=max(lengths)) if min(lengths) > 0 else None
@@ -355,7 +356,7 @@ def _identity(
     for prompt in prompts:
         for pixels in prompt.prompt.inputs.values():
             digest.update(pixels.cpu().numpy().tobytes())
-    return dict(settings, model=model.name, shape=asdict(model.shape), data=digest.hexdigest()[:16])
+    return dict(settings, model=model.name, shape=model.shape.as_dict(), data=digest.hexdigest()[:16])
 
 
 def versions() -> dict[str, str]:

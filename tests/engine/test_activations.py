@@ -6,6 +6,7 @@ import torch
 import engine
 import models
 from models import zoo
+from models.calls import Passing
 from tests.conftest import KINDS
 
 PROMPTS = ["Q: hot\nA:", "a", "Q: big\nA: small\n\nQ: up\nA:", "abc", "Q: hot\nA:", "xy" * 20, "Z"]
@@ -18,7 +19,7 @@ def raw_z(model, ids):
         projections = [block.attn.c_proj for block in hf.transformer.h]
     else:
         projections = [block.self_attn.o_proj for block in hf.model.layers]
-    handles = [p.register_forward_pre_hook(lambda _, args: kept.append(args[0][0])) for p in projections]
+    handles = [p.register_forward_pre_hook(Passing(lambda _, args: kept.append(args[0][0]))) for p in projections]
     with torch.no_grad():
         hf(input_ids=ids[None])
     for handle in handles:
@@ -82,7 +83,7 @@ def test_prompts_of_many_kinds(model):
 def test_prompts_share_forwards(model):
     """Packed: seven prompts are one forward, unless they do not fit."""
     runs = []
-    handle = model.hf.register_forward_pre_hook(lambda *_: runs.append(1))
+    handle = model.hf.register_forward_pre_hook(Passing(lambda *_: runs.append(1)))
     try:
         engine.capture(model, PROMPTS)
     finally:
@@ -95,7 +96,8 @@ def test_activations_that_are_not_finite(tiny):
     model = models.wrap(zoo.tiny("llama"))
     with torch.no_grad():
         model.hf.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="LlamaForCausalLM gives NaN or infinite activations"):
+    expected = pytest.raises(ValueError, match="LlamaForCausalLM gives NaN or infinite activations")
+    with pytest.warns(UserWarning, match="no way can be compared"), expected:
         engine.mean_activations(model, [[1, 2, 3]], progress=False)
 
 

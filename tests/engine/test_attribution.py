@@ -13,6 +13,7 @@ from bench.families import wrapped
 from engine import attribute
 from engine.metrics import read_metric
 from models import UnsupportedModelError, zoo
+from models.calls import Passing
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15]]
 TARGETS, OTHERS = [5, 17, 96], [7, 0, 3]
@@ -226,7 +227,7 @@ def test_all_steps_in_one_pass(model, draw):
     """Prefix, z, and one forward for all steps; with little memory, several, and the same result."""
     new, lengths = draw(model)[1], []
     handle = model.decoder.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        Passing(lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1])), with_kwargs=True
     )
     given = dict(targets=[5], steps=8, progress=False)
     try:
@@ -270,7 +271,7 @@ def test_metrics_without_gradients(model, draw):
     with pytest.raises(ValueError, match="the metric records no gradient"):
         attribute(model, PROMPTS, new, metric=lambda logits: logits.detach()[:, 3], progress=False)
     calls = []
-    handle = model.hf.register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = model.hf.register_forward_pre_hook(Passing(lambda *_: calls.append(1)))
     try:
         with pytest.raises(ValueError, match="'rank' has no gradient"):
             attribute(model, PROMPTS, new, **options(metric="rank"))

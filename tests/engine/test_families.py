@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import engine
 import models
 from bench.families import cells, markdown, wrapped
-from engine import checking
-from models import tiny
+from engine import capabilities, checking
+from models import Capabilities, tiny
 
 REFUSED = {  # families that do not go through the attention interface; that are not causal; that cross-attend
     "gptj": {"packed", "layered"},
@@ -34,28 +34,22 @@ def test_exact_or_refused(family):
     assert family in markdown(found)
 
 
-@pytest.fixture
-def forgetful(monkeypatch):
-    """The verdicts of this test are its own."""
-    monkeypatch.setattr(checking, "_differences", {})
-
-
 def unruly():
     """PaliGemma with the rule that refuses it taken away."""
     model = wrapped("paligemma")
-    model.sharing_refused = model.packing_refused = ""
+    model.rules = Capabilities
     return model
 
 
-def test_what_the_rules_miss_is_found(draw, forgetful):
+def test_what_the_rules_miss_is_found(draw):
     model = unruly()
     heads, values = draw(model)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         got = engine.patch(model, "Q: which?\nA:", heads=heads, values=values)
     first, second = (str(one.message) for one in said if "from now on" in str(one.message))
-    assert "rows are not packed" in first
-    assert re.search(r"no prefix is shared.* off the naive one by \d", second)
+    assert re.search("rows are not packed from now on, its code reads the attention mask", first)
+    assert re.search(r"do not go on from its cache.* off the naive ones by \d", second)
     torch.testing.assert_close(
         got, engine.naive.patch(model, "Q: which?\nA:", heads=heads, values=values), atol=1e-5, rtol=0
     )
@@ -64,25 +58,44 @@ def test_what_the_rules_miss_is_found(draw, forgetful):
         engine.patch(model, "Q: which?\nA:", heads=heads, values=values)
 
 
-@pytest.mark.parametrize("strategy", ["packed", "expanded"])
-def test_a_named_strategy_that_is_wrong_raises(draw, forgetful, strategy):
+@pytest.mark.parametrize(("strategy", "why"), [("packed", "reads the attention mask"), ("expanded", "off the naive")])
+@pytest.mark.filterwarnings("ignore:paligemma. rows are not packed")
+def test_a_named_strategy_that_is_wrong_raises(draw, strategy, why):
     model = unruly()
     heads, values = draw(model)
-    with pytest.raises(models.UnsupportedModelError, match=f"'{strategy}' is not exact on paligemma.* off the naive"):
+    with pytest.raises(models.UnsupportedModelError, match=f"'{strategy}' is not exact on paligemma.* {why}"):
         engine.patch(model, "Q: which?\nA:", heads=heads, values=values, strategy=strategy)
-    assert not model.packing_refused
+    assert not capabilities.known(model).can.why_not(strategy)
 
 
-def test_checked_once_an_architecture(draw, forgetful):
-    runs = []
-    for _ in range(2):
-        model = wrapped("llama")
-        handle = model.hf.register_forward_pre_hook(lambda *_: runs.append(1))
-        for _ in range(2):
-            heads, values = draw(model)
-            engine.patch(model, "Q: which?\nA:", heads=heads, values=values)
-        handle.remove()
-    assert len(runs) == 4 + 2  # four patches; one naive and one packed row
+def test_compared_once_a_model_and_length(draw, monkeypatch):
+    """Again for a prompt of more than twice the length, another model, another state; not for shorter ones."""
+    compared = []
+    compare = checking._compare
+    monkeypatch.setattr(
+        checking, "_compare", lambda m, probes, way, can: (compared.append(way), compare(m, probes, way, can))[1]
+    )
+    model = wrapped("llama")
+    heads, values = draw(model)
+
+    def new(n_tokens, model=model):
+        compared.clear()
+        engine.patch(model, list(range(n_tokens)), heads=heads, values=values)
+        return list(compared)
+
+    assert new(10) == ["packed", "batch"]
+    assert new(5) == new(10) == new(20) == []
+    assert new(21) == ["packed", "batch"]
+    assert new(10, wrapped("llama")) == ["packed", "batch"]  # another model of the class
+    handle = model.hf.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    assert new(10) == new(11) == ["packed", "batch"]  # with hooks of others: at every greater length
+    handle.remove()
+    assert new(10) == ["packed", "batch"]
+    model.hf.set_attn_implementation("eager")
+    assert new(10) == ["packed", "batch"]
+    with torch.no_grad():
+        model.hf.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert new(10) == ["packed", "batch"]
 
 
 def test_declared_projections(draw):

@@ -6,6 +6,7 @@ import torch
 import engine
 import models
 from models import zoo
+from models.calls import Passing
 from tests.conftest import FAMILIES, KINDS, PACKED
 
 TEXTS = ["Q: hot\nA:", "a", "Q: big\nA: small\n\nQ: up\nA:"]
@@ -42,7 +43,7 @@ def test_agrees_with_full_forwards(tiny, draw, family, per_row, mode):
 def test_each_step_equals_a_full_forward(tiny, random, family):
     """Token after token, far beyond a sliding window: the logits themselves, not only the likeliest token."""
     model = tiny(family)
-    if model.packing_refused:  # then every step is a full forward
+    if model.rules().packed:  # then every step is a full forward
         return
     ids = torch.randint(97, (30,), generator=random)
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_end_of_text(tiny, draw, family, strategy):
     full = engine.generate(model, TEXTS, **options)
     ending = full[0][1][4]
     wrapped = models.wrap(model.hf, model.tokenizer)
-    wrapped.eos, wrapped.packing_refused = frozenset(model.encode(ending).tolist()), model.packing_refused
+    wrapped.eos, wrapped.rules = frozenset(model.encode(ending).tolist()), model.rules
     got = engine.generate(wrapped, TEXTS, strategy=strategy, **options)
     assert got == [[answer.split(ending)[0] for answer in rows] for rows in full]
 
@@ -107,9 +108,9 @@ def test_all_answers_ended_ends_the_work(model, draw):
     heads, values = draw(model, rows=3)
     wrapped = models.wrap(model.hf, model.tokenizer)
     wrapped.eos = frozenset(range(97))
-    engine.generate(wrapped, TEXTS[0], max_new_tokens=1)  # a model met for the first time is checked
+    engine.generate(wrapped, max(TEXTS, key=len), max_new_tokens=1)  # a model met for the first time is checked
     runs = []
-    handle = model.hf.register_forward_pre_hook(lambda *_: runs.append(1))
+    handle = model.hf.register_forward_pre_hook(Passing(lambda *_: runs.append(1)))
     try:
         assert engine.generate(wrapped, TEXTS, heads=heads, values=values) == [[""] * 3] * 3
     finally:

@@ -5,9 +5,10 @@ import torch
 
 import engine
 import models
-from engine import checking
-from engine.patching import make_plans
+from engine import capabilities, checking
+from engine.patching import decide, request
 from models import UnsupportedModelError, zoo
+from models.calls import Passing
 
 LIMIT = 1e-5
 FAMILIES = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "opt", "gpt_neox", "phi3", "olmo2")
@@ -72,7 +73,8 @@ def test_rows_stay_out_of_earlier_blocks(model):
     heads = torch.zeros(6, shape.n_layers, shape.n_heads, dtype=torch.bool)
     heads[:3, -1, 0], heads[3:, 1, 0] = True, True
     prefix = engine.prefill(model, list(range(12)))
-    handles = [b.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1])) for b in model.blocks]
+    hook = Passing(lambda _, args: seen.append(args[0].shape[1]))
+    handles = [block.mlp.register_forward_pre_hook(hook) for block in model.body.blocks]
     try:
         engine.patch(model, prefix, heads=heads, values=torch.zeros(shape.n_layers, shape.n_heads, shape.head_dim))
     finally:
@@ -87,7 +89,7 @@ def test_auto_takes_it_where_it_saves(model, random):
     prompt = engine.prefix.as_prefix(model, list(range(20)))
     values = torch.zeros(model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
     entries = [engine.Patch(heads, values, (-1,), "replace").first_layers() for heads in (late, torch.ones_like(late))]
-    chosen = [make_plans(model, [prompt], 50, [[19]], "auto", entry) for entry in entries]
+    chosen = [decide(model, [prompt], [request(prompt, 50, [19], entry)], "auto") for entry in entries]
     assert [plan[0].strategy for plan in chosen] == ["layered", "packed"]
     assert chosen[0][0].n_computed < chosen[1][0].n_computed
 
@@ -107,8 +109,9 @@ def test_other_backends_refuse_by_name_and_pack_by_auto(random, draw, backend):
 def test_a_model_on_which_it_is_wrong(random, draw, monkeypatch):
     """The first-time check sees it: auto warns and packs, a named strategy raises."""
     model = models.wrap(zoo.tiny("llama"))
+    compare = checking._compare
     monkeypatch.setattr(
-        checking, "_differences", {(model.architecture, "packed", False): 0, (model.architecture, "layered", False): 1}
+        checking, "_compare", lambda m, p, way, can: "so" if way == "layered" else compare(m, p, way, can)
     )
     heads = torch.zeros(50, model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
     heads[:, -1, 0] = True
@@ -117,5 +120,5 @@ def test_a_model_on_which_it_is_wrong(random, draw, monkeypatch):
         engine.patch(model, list(range(9)), strategy="layered", **options)
     with pytest.warns(UserWarning, match="layer by layer"):
         got = engine.patch(model, list(range(9)), **options)
-    assert model.layering_refused
+    assert capabilities.known(model).can.layered == "so"
     torch.testing.assert_close(got, engine.naive.patch(model, list(range(9)), **options), atol=LIMIT, rtol=0)

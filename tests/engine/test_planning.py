@@ -4,14 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.planning import MAX_SCORE_BYTES, MAX_TOKENS, make_plan
-from models import Shape, UnsupportedModelError
+from engine.planning import MAX_SCORE_BYTES, MAX_TOKENS, Request, make_plan
+from models import Capabilities, Shape, UnsupportedModelError
 
 SMOLLM2 = Shape(30, 9, 3, 64, 576, 49152, 8192)
 
 
-def plan(n_tokens=512, n_rows=32, positions=(511,), **options):
-    return make_plan(SMOLLM2, n_tokens, n_rows, positions, **options)
+def plan(n_tokens=512, n_rows=32, positions=(511,), strategy="auto", packed="", **more):
+    asked = Request(n_tokens, n_rows, positions, **more)
+    return make_plan(SMOLLM2, Capabilities(packed=packed), asked, strategy)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +37,10 @@ def test_auto(n_tokens, n_rows, positions, strategy, split, computed):
 
 def test_auto_where_rows_cannot_be_packed():
     """Expanded computes the same tokens; the reason is passed on."""
-    made = plan(packing_refused="it has sliding windows")
+    made = plan(packed="it has sliding windows")
     assert (made.strategy, made.split, made.n_computed) == ("expanded", 511, 543)
     assert "it has sliding windows" in made.reason
-    assert plan(positions=(0,), packing_refused="it has sliding windows").strategy == "batch"
+    assert plan(positions=(0,), packed="it has sliding windows").strategy == "batch"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_passes_fit(n_tokens, n_rows, first, strategy, refused):
     """Whatever is asked: at least a row a pass, no more than there are, and no more than memory allows."""
     if strategy == "packed" and refused:
         return
-    made = plan(n_tokens, n_rows, (int(first * n_tokens),), strategy=strategy, packing_refused=refused)
+    made = plan(n_tokens, n_rows, (int(first * n_tokens),), strategy=strategy, packed=refused)
     assert 1 <= made.rows_per_pass <= n_rows
     assert 0 <= made.split < n_tokens
     assert 0 < made.n_computed <= made.n_naive
@@ -83,6 +84,25 @@ def test_passes_fit(n_tokens, n_rows, first, strategy, refused):
         assert made.rows_per_pass * tail <= MAX_TOKENS
         if made.strategy == "packed":
             assert made.rows_per_pass * 4 * SMOLLM2.n_heads * tail * n_tokens <= MAX_SCORE_BYTES
+
+
+def test_what_a_model_cannot_do_is_passed_over():
+    """The next way that is exact, in words; longer prompts than the model's tables allow are batched."""
+    asked = Request(512, 32, (511,))
+    for can, strategy in (
+        (Capabilities(packed="a"), "expanded"),
+        (Capabilities(packed="a", expanded="b"), "batch"),
+        (Capabilities(packed="a", expanded="b", batch="c"), "naive"),
+        (Capabilities(longest=511, longer="a"), "batch"),
+        (Capabilities(longest=512, longer="a"), "packed"),
+    ):
+        made = make_plan(SMOLLM2, can, asked)
+        assert made.strategy == strategy
+        assert all(why in made.reason for why in (can.packed, can.batch)), made.reason
+    with pytest.raises(UnsupportedModelError, match="'layered' is not exact here: a"):
+        make_plan(SMOLLM2, Capabilities(packed="a"), asked, "layered")
+    with pytest.raises(UnsupportedModelError, match="'batch' is not exact here: rows mix"):
+        make_plan(SMOLLM2, Capabilities(batch="rows mix"), asked, "batch")
 
 
 def test_naive_runs_one_row_a_pass():
@@ -103,6 +123,6 @@ def test_what_a_plan_says():
 
 def test_refused():
     with pytest.raises(UnsupportedModelError, match="not exact here: it slides"):
-        plan(strategy="packed", packing_refused="it slides")
+        plan(strategy="packed", packed="it slides")
     with pytest.raises(ValueError, match="rows must be a positive integer, got 0"):
         plan(n_rows=0)

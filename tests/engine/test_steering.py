@@ -51,7 +51,7 @@ def test_every_strategy_equals_naive(tiny, draw, random, family):
         for positions in (-1, [-3, -1]):
             options = dict(heads=heads, values=values, positions=positions, steering=engine.Steering(vector, layers))
             want = engine.naive.patch(model, ids, **options)
-            refused = bool(model.packing_refused)
+            refused = bool(model.rules().packed)
             for strategy in ("auto", "batch", "expanded", *(() if refused else ("packed", "layered"))):
                 got = engine.patch(model, ids, strategy=strategy, **options)
                 torch.testing.assert_close(got, want, atol=2 * LIMIT, rtol=0)

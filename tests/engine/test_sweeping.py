@@ -13,6 +13,7 @@ from bench.families import wrapped
 from engine import Example, groups, sweeping
 from engine.metrics import METRICS, read_metric
 from models import zoo
+from models.calls import Passing
 from tests.conftest import KINDS
 
 LIMIT = 1e-5
@@ -298,7 +299,7 @@ def test_the_prefix_is_computed_once(model, values):
 
     def tokens(**given):
         seen = []
-        handle = model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        handle = model.body.blocks[0].register_forward_pre_hook(Passing(lambda _, args: seen.append(args[0].shape[1])))
         try:
             engine.sweep(model, [ids], values, targets=[5], groups=units, progress=False, **given)
         finally:

@@ -15,6 +15,7 @@ import engine
 import models
 from engine import tasks
 from models import Prompt
+from models.calls import Passing
 from models.eyes import Projector, corpus, train
 
 
@@ -53,7 +54,7 @@ def test_in_float64(prompt):
 
 def test_the_tower_runs_once_for_all_rows(eyes, prompt):
     runs = []
-    handle = eyes.hf.vision.register_forward_hook(lambda *_: runs.append(1))
+    handle = eyes.hf.vision.register_forward_hook(Passing(lambda *_: runs.append(1)))
     engine.patch(eyes, prompt, heads=torch.rand(32, 30, 9) < 0.3, values=torch.zeros(30, 9, 64), strategy="packed")
     handle.remove()
     assert len(runs) == 1

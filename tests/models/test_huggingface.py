@@ -9,7 +9,7 @@ from torch import nn
 import engine
 import models
 from models import Encoded, Segment, zoo
-from models.anatomy import find_projections
+from models.calls import Passing
 from tests.conftest import FAMILIES, PACKED
 
 IDS = torch.tensor([5, 40, 2, 77, 31, 8, 8, 60, 13, 22, 9])
@@ -35,7 +35,7 @@ def state(hf):
 def raw_z(hf, ids, n_heads):
     """What every projection is given, [tokens, layers, heads, head_dim], by hooks of plain torch."""
     kept = []
-    handles = [p.register_forward_pre_hook(lambda _, args: kept.append(args[0])) for p in projections(hf)]
+    handles = [p.register_forward_pre_hook(Passing(lambda _, args: kept.append(args[0]))) for p in projections(hf)]
     with torch.no_grad():
         hf(input_ids=ids)
     for handle in handles:
@@ -169,10 +169,15 @@ def test_hooks_of_others_still_run(draw):
     model = models.wrap(zoo.tiny("llama"))
     heads, values = draw(model)
     calls = []
-    handle = model.projections[1].register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = model.projections[1].register_forward_pre_hook(Passing(lambda *_: calls.append(1)))
+    assert model.foreign_hooks() == []
+    engine.patch(model, IDS, heads=heads, values=values)
+    before = model.state()
+    calls.clear()
     engine.patch(model, IDS, heads=heads, values=values)
     assert calls == [1]
     assert list(model.projections[1]._forward_pre_hooks) == [handle.id]
+    assert model.state() == before
 
 
 def test_shapes():
@@ -186,25 +191,25 @@ def test_shapes():
 
 def test_shape_of_the_real_model(smollm2):
     assert smollm2.shape == models.Shape(30, 9, 3, 64, 576, 49152, 8192)
-    assert smollm2.packing_refused == ""
+    assert smollm2.rules() == models.Capabilities(longer=smollm2.rules().longer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_finds_projections(family):
     hf = zoo.tiny(family)
-    found = find_projections(hf, 3)
+    found = models.wrap(hf).projections
     assert all(a is b for a, b in zip(found, projections(hf), strict=True))
 
 
 def test_says_why_rows_are_not_packed():
     """Refused unless known to be exact; the reason is given."""
-    assert all(models.wrap(zoo.tiny(family)).packing_refused == "" for family in PACKED)
+    assert all(models.wrap(zoo.tiny(family)).rules().packed == "" for family in PACKED)
     hf = zoo.tiny("qwen3")
-    hf.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
-    assert "chunked_attention" in models.wrap(hf).packing_refused
+    hf.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
+    assert "linear_attention" in models.wrap(hf).rules().packed
     hf = zoo.tiny("llama")
     hf._supports_attention_backend = False
-    assert "attention interface" in models.wrap(hf).packing_refused
+    assert "attention interface" in models.wrap(hf).rules().packed
 
 
 def test_two_models_interleaved(tiny, draw):
@@ -260,7 +265,7 @@ def test_only_rows_reach_the_vocabulary(tiny, draw, family):
     model = tiny(family)
     heads, values = draw(model, rows=7)
     seen = []
-    handle = model.hf.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    handle = model.hf.lm_head.register_forward_pre_hook(Passing(lambda _, args: seen.append(args[0].shape[1])))
     try:
         engine.patch(model, IDS, heads=heads, values=values, positions=-3, strategy="packed")
         engine.patch(model, [IDS, IDS], heads=heads, values=values, strategy="packed")
@@ -280,7 +285,7 @@ def test_after_the_last_attention_only_rows_are_computed(model):
     """Tokens that each block's MLP computes: nothing reads what the last would give for the context."""
     seen = []
     handles = [
-        block.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        block.mlp.down_proj.register_forward_pre_hook(Passing(lambda _, args: seen.append(args[0].shape[1])))
         for block in model.decoder.layers
     ]
     try:

@@ -10,6 +10,7 @@ import engine
 import models
 from bench.families import requests, wrapped
 from models import Prompt, tiny
+from models.calls import Passing
 from models.images import fit, image_marker
 
 SHARING = [family for family in tiny.IMAGE_TEXT if family not in ("paligemma", "mllama")]
@@ -40,7 +41,7 @@ def count_vision(model):
     """Calls of the vision tower, and the handle that stops the count."""
     tower = next(m for n, m in model.hf.named_modules() if re.search(r"(vision_(tower|model)|visual)$", n))
     calls = []
-    return calls, tower.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls, tower.register_forward_pre_hook(Passing(lambda *_: calls.append(1)))
 
 
 @pytest.mark.parametrize("family", SHARING)
@@ -73,7 +74,7 @@ def test_images_and_rows_take_one_pass(seeing, draw, family):
     prompt = Prompt("<image> one, <image> two, <image> which?\nA:", tuple(picture(i) for i in range(3)))
     engine.patch(model, prompt, heads=heads[:1], values=values)  # met for the first time, it is checked
     passes = []
-    handle = model.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    handle = model.decoder.register_forward_pre_hook(Passing(lambda *_: passes.append(1)))
     try:
         got = engine.patch(model, prompt, heads=heads, values=values)
     finally:

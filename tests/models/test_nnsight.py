@@ -44,7 +44,7 @@ def pair():
 
 
 def exact_by(strategy, model):
-    refused = {"packed": model.packing_refused, "expanded": model.sharing_refused}
+    refused = {"packed": model.rules().packed, "expanded": model.rules().shared()}
     return not refused.get(strategy)
 
 
@@ -99,7 +99,7 @@ def test_agrees_with_the_plain_backend_on_images(pair, draw, family):
             shares = strategy in ("packed", "expanded")
             if exact_by(strategy, model) and not (shares and positions == [0]):  # an image follows
                 close(engine.patch(model, prompt, strategy=strategy, **options), want)
-    if not model.sharing_refused:
+    if not model.rules().shared():
         prefix = engine.prefill(model, prompt, positions=-3)
         for _ in range(2):
             close(engine.patch(model, prefix, **options), want)
@@ -140,7 +140,7 @@ def test_left_as_found_after_an_error(pair, draw, family, error):
         return z + 1
 
     calls = [lambda: model.forward(IDS[None], edit)]
-    if not model.packing_refused:
+    if not model.rules().packed:
         calls.append(lambda: model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edit))
     for training in (True, False):
         model.hf.train(training)

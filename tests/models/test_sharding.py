@@ -60,7 +60,7 @@ def draw(model, rows=5, per_row=False):
 def check_strategies(model, alone, **options):
     """Every strategy, a prefix, and several prompts, against naive on the whole model. Returns all that was found."""
     want, found = engine.naive.patch(alone, TEXT, **options), []
-    refused = {"packed": alone.packing_refused, "layered": alone.packing_refused or alone.layering_refused}
+    refused = {"packed": alone.rules().packed, "layered": alone.rules().why_not("layered")}
     for strategy in STRATEGIES:
         if not refused.get(strategy):
             found.append(engine.patch(model, TEXT, strategy=strategy, **options))

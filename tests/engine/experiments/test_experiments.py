@@ -22,6 +22,7 @@ from engine.methods import mtv
 from engine.tasks import Pair, Task
 from engine.tasks.pictures import PictureTask, Question
 from models import zoo
+from models.calls import Passing
 
 SMALL = Options(seeds=1, shots=2, examples=3, steps=2, queries=4)
 COLOURS = ("red", "green", "blue")
@@ -357,7 +358,7 @@ def test_a_step_runs_the_vision_tower_once(seeing):
     calls, by_step = [], []
     tower = next(module for name, module in model.hf.named_modules() if name.endswith("vision_tower"))
     engine.patch(model, example.prompt)  # met for the first time, a model is checked
-    handle = tower.register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = tower.register_forward_pre_hook(Passing(lambda *_: calls.append(1)))
     try:
         mtv.extract(model, [example], means, steps=2, rollouts=32, on_step=lambda step: by_step.append(len(calls)))
     finally:

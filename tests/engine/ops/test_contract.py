@@ -11,6 +11,9 @@ import models
 from engine.intervention import Patch
 from engine.runner import contiguous, make_edit
 from models import lens, nnsight_backend, zoo
+from models.calls import Passing
+from models.hooks import edit_z
+from models.layout import Rows
 
 IDS = torch.tensor([5, 40, 2, 77, 31, 8])
 ROWS = torch.tensor([[1, 2], [3, 4], [5, 6]])
@@ -94,7 +97,7 @@ def test_what_hooks_of_others_hold_is_not_written_to():
         held.append((x, x.clone()))
 
     model = models.wrap(zoo.tiny("llama"))
-    handle = model.projections[1].register_forward_pre_hook(lambda _, args: hold(args[0]))
+    handle = model.projections[1].register_forward_pre_hook(Passing(lambda _, args: hold(args[0])))
     bridged = lens.from_huggingface(zoo.tiny("llama"))
     with torch.no_grad():
         model.forward(ROWS, write)
@@ -112,7 +115,7 @@ def test_packed_rows_are_edited_where_they_lie(model, first):
     width = model.shape.n_heads * model.shape.head_dim
     for x in (torch.randn(1, first + 6, width), torch.randn(width, first + 6).T[None]):
         before = x.clone()
-        assert model._edit(write, 0, x, first, 3, 2) is x
+        assert edit_z(write, 0, x, model.shape.head_dim, Rows(first, 2)) is x
         rows = replace(0, before[0, first:].reshape(3, 2, model.shape.n_heads, -1))
         assert torch.equal(x[:, :first], before[:, :first])
         assert torch.equal(x[0, first:].reshape(rows.shape), rows)

@@ -1,0 +1,165 @@
+"""Every architecture of transformers that can be built small in memory: language models, and image-text ones fed text.
+
+A config's own fields say what is a size; those are shrunk by their names, whatever the architecture. What a general rule
+cannot guess stands in OVERRIDES, what does not run here in WHY_NOT.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+LAYERS = 4
+VOCABULARY = 97
+# Fields by their names: the first pattern that fits says the number.
+SIZES: list[tuple[str, int]] = [
+    (r"num_kv_shared_layers|num_nextn_predict_layers|num_dense_layers|first_k_dense_replace|n_layers_per_attn_res_block", 1),
+    (r"global_attn_every_n_layers|no_rope_layer_interval|.*layer_interval|interleave_moe_layer_step|decoder_sparse_step", 2),
+    (r"attn_layer_period|expert_layer_period|layer_group_size|_?sliding_window_pattern|.*_layer_period", 2),
+    (r"attn_layer_offset|expert_layer_offset|.*_layer_offset", 1),
+    (r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_blocks|depth", LAYERS),
+    (r"max_window_layers", 0),
+    (r"(num|n)_(attention_)?heads?|(en|de)coder_attention_heads|num_(en|de)coder_attention_heads|attention_heads|n_head", 6),
+    (r"num_key_value_heads|num_kv_heads|multi_query_group_num|num_query_groups", 2),
+    (r"swa_num_attention_heads", 6),
+    (r"swa_num_key_value_heads", 2),
+    (r"qk_nope_head_dim|v_head_dim|swa_v_head_dim", 8),
+    (r"qk_rope_head_dim|rotary_dim|qk_rope_dim", 4),
+    (r"qk_head_dim", 12),
+    (r"global_head_dim", 16),
+    (r"(swa_|attention_)?head_dim|kv_channels|attention_head_size|dim_head|attention_head_dim", 8),
+    (r"q_lora_rank|kv_lora_rank|o_lora_rank|.*_rank|rank_.*", 16),
+    (r"hidden_size_per_layer_input|altup_.*size", 8),
+    (r"hidden_size|d_model|n_embd|embed_dim|emb_dim|embedding_size|word_embed_proj_dim|embedding_dim|lru_width"
+     r"|input_embedding_size|output_embedding_size|attention_hidden_size|projection_dim|out_hidden_size", 48),
+    (r"moe_intermediate_size|.*expert.*intermediate_size|expert_ffn_hidden_size|.*intermediate_size.*|ffn_dim|dff|d_inner"
+     r"|(en|de)coder_ffn_dim|dim_ff|ffn_hidden_size|n_inner|feed_forward_size|.*mlp_dim", 80),
+    (r"vocab_size_per_layer_input|vocab_size|unpadded_vocab_size|decoder_vocab_size", VOCABULARY),
+    (r"type_vocab_size", 2),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_target_positions", 256),
+    (r"original_max_position_embeddings", 128),
+    (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts|text_moe_num_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|.*top_?k_?experts", 2),
+    (r"n_group|topk_group|num_expert_group|o_groups", 1),
+    (r"n_shared_experts|num_shared_experts|moe_num_shared_experts", 1),
+    (r"sliding_window(_size)?|attention_window_size|window_size|local_attention", 7),
+    (r"attention_chunk_size", 8),
+    (r"index_topk(_blocks)?", 4),
+    (r"index_n_heads|linear_num_(key|value)_heads|linear_num_heads", 2),
+    (r"index_head_dim|linear_(key|value)_head_dim|linear_head_dim", 8),
+    (r"mamba_d_state|ssm_state_size|state_size", 8),
+    (r"mamba_(num|n)_heads|n_mamba_heads|mamba_n_heads", 6),
+    (r"mamba_d_head|mamba_head_?dim", 16),
+    (r"mamba_(n_groups|ngroups)|n_groups", 1),
+    (r"mamba_d_ssm", 96),
+    (r"mamba_chunk_size|chunk_size", 8),
+    (r"image_size|crop_size|input_size", 28),
+    (r"patch_size", 14),
+    (r"num_codebooks", 2),
+]  # fmt: skip
+SPECIAL = re.compile(r"(decoder_start|pad|bos|eos|eod|sep|cls|mask|forced_[be]os)_token_id|pad_index|(un?k|mask)_index")
+UNTOUCHED = frozenset({
+    "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "rope_parameters", "rope_scaling",
+    "per_layer_config", "num_labels",
+})  # fmt: skip
+DEFAULT = object()  # a field that is taken out
+
+# What the rule does not guess.
+OVERRIDES: dict[str, dict[str, Any]] = {}
+WHY_NOT: dict[str, str] = {}
+
+
+def names() -> list[str]:
+    """The model types of both mappings."""
+    return sorted(_classes())
+
+
+def build(model_type: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny random model in eval mode, the same at every call. Raises ValueError for a model type that is none."""
+    from models.tiny import _randomize
+
+    if model_type not in _classes():
+        raise ValueError(f"no architecture {model_type!r}: expected one of {names()}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _classes()[model_type](_config(model_type)).to(dtype).eval()
+        _randomize(model)
+        _tame(model)
+    return model
+
+
+def _classes() -> dict[str, Any]:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    found = dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    found |= modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    first = {kind: name if isinstance(name, str) else name[0] for kind, name in found.items()}
+    return {kind: getattr(transformers, name) for kind, name in first.items() if hasattr(transformers, name)}
+
+
+def _config(model_type: str) -> Any:
+    config_class = _classes()[model_type].config_class
+    return config_class(**_merged(_shrunk(config_class().to_dict()), OVERRIDES.get(model_type, {})))
+
+
+def _merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """The second over the first, in nested configs too; None takes a field out."""
+    both = dict(fields)
+    for name, value in more.items():
+        nested = isinstance(value, dict) and isinstance(both.get(name), dict) and name.endswith("config")
+        both[name] = _merged(both[name], value) if nested else value
+    return {name: value for name, value in both.items() if value is not DEFAULT}
+
+
+def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
+    small: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in UNTOUCHED:
+            continue
+        if isinstance(value, dict) and (name.endswith("config") or "model_type" in value):
+            small[name] = _shrunk(value)
+        elif SPECIAL.fullmatch(name):
+            if isinstance(value, int):
+                small[name] = 0
+        elif isinstance(value, list) and len(value) > LAYERS and re.search("layer|types|block|pattern|size", name):
+            small[name] = _some_of_each(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and (number := _size(name)) is not None:
+            small[name] = number
+        else:
+            small[name] = value
+    if "qk_rope_head_dim" in small:  # latent attention: as many keys as queries, of two parts
+        small |= {"head_dim": 4, "num_key_value_heads": 6, "qk_head_dim": 12}
+    if sections := _mrope(fields):
+        rope = fields.get("rope_parameters") or fields.get("rope_scaling")
+        half = int(small.get("head_dim") or 48 // 6) * rope.get("partial_rotary_factor", 1) / 2
+        small["rope_parameters"] = rope | {"mrope_section": [2, 1, 1] if half >= 4 else [1, 1, 0][: len(sections)]}
+        small["rope_parameters"].setdefault("rope_theta", 10000.0)
+    return small
+
+
+def _mrope(fields: dict[str, Any]) -> Any:
+    """How places in three dimensions share out rotary frequencies, if they do."""
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    return rope.get("mrope_section")
+
+
+def _size(name: str) -> int | None:
+    return next((number for pattern, number in SIZES if re.fullmatch(pattern, name)), None)
+
+
+def _some_of_each(kinds: list[Any]) -> list[Any]:
+    """LAYERS of them, in which every kind occurs that occurs at all, if it fits."""
+    different = [kind for i, kind in enumerate(kinds) if kind not in kinds[:i]]
+    return [different[i % len(different)] for i in range(LAYERS)] if len(different) <= LAYERS else kinds[:LAYERS]
+
+
+@torch.no_grad()
+def _tame(model: nn.Module) -> None:
+    """State-space parameters that random numbers would let explode: decays stay between 0 and 1."""
+    for name, parameter in model.named_parameters():
+        if re.search(r"A_log|dt_bias|dt_proj\.bias|time_decay|a_param", name):
+            parameter.uniform_(0, 1)
