@@ -1,7 +1,7 @@
-"""Every architecture of transformers that can be built small in memory: language models, and image-text ones fed text.
+"""Every architecture of transformers that can be built small in memory: language models, and image-text ones on text.
 
-A config's own fields say what is a size; those are shrunk by their names, whatever the architecture. What a general rule
-cannot guess stands in OVERRIDES, what does not run here in WHY_NOT.
+A config's own fields say what is a size; those are shrunk by their names, whatever the architecture. What such a rule
+cannot guess stands in OVERRIDES.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ LAYERS = 4
 VOCABULARY = 97
 # Fields by their names: the first pattern that fits says the number.
 SIZES: list[tuple[str, int]] = [
-    (r"num_kv_shared_layers|num_nextn_predict_layers|num_dense_layers|first_k_dense_replace|n_layers_per_attn_res_block", 1),
-    (r"global_attn_every_n_layers|no_rope_layer_interval|.*layer_interval|interleave_moe_layer_step|decoder_sparse_step", 2),
+    (r"num_kv_shared_layers|num_nextn_predict_layers|num_dense_layers|first_k_dense_replace", 1),
+    (r"n_layers_per_attn_res_block", 1),
+    (r"global_attn_every_n_layers|.*layer_interval|interleave_moe_layer_step|decoder_sparse_step", 2),
     (r"attn_layer_period|expert_layer_period|layer_group_size|_?sliding_window_pattern|.*_layer_period", 2),
     (r"attn_layer_offset|expert_layer_offset|.*_layer_offset", 1),
     (r"num_hidden_layers|n_layers?|num_layers|(en|de)coder_layers|num_(en|de)coder_layers|num_blocks|depth", LAYERS),
     (r"max_window_layers", 0),
-    (r"(num|n)_(attention_)?heads?|(en|de)coder_attention_heads|num_(en|de)coder_attention_heads|attention_heads|n_head", 6),
+    (r"(num|n)_(attention_)?heads?|(num_)?(en|de)coder_attention_heads|attention_heads", 6),
     (r"num_key_value_heads|num_kv_heads|multi_query_group_num|num_query_groups", 2),
     (r"swa_num_attention_heads", 6),
     (r"swa_num_key_value_heads", 2),
@@ -39,7 +40,8 @@ SIZES: list[tuple[str, int]] = [
      r"|(en|de)coder_ffn_dim|dim_ff|ffn_hidden_size|n_inner|feed_forward_size|.*mlp_dim", 80),
     (r"vocab_size_per_layer_input|vocab_size|unpadded_vocab_size|decoder_vocab_size", VOCABULARY),
     (r"type_vocab_size", 2),
-    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length|max_target_positions", 256),
+    (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length", 256),
+    (r"max_target_positions", 256),
     (r"original_max_position_embeddings", 128),
     (r"num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts|text_moe_num_experts", 4),
     (r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|.*top_?k_?experts", 2),
@@ -48,7 +50,8 @@ SIZES: list[tuple[str, int]] = [
     (r"sliding_window(_size)?|attention_window_size|window_size|local_attention", 7),
     (r"attention_chunk_size", 8),
     (r"index_topk(_blocks)?", 4),
-    (r"index_n_heads|linear_num_(key|value)_heads|linear_num_heads", 2),
+    (r"index_n_heads|linear_num_(key|value)_heads", 2),
+    (r"linear_num_heads", 6),
     (r"index_head_dim|linear_(key|value)_head_dim|linear_head_dim", 8),
     (r"mamba_d_state|ssm_state_size|state_size", 8),
     (r"mamba_(num|n)_heads|n_mamba_heads|mamba_n_heads", 6),
@@ -62,14 +65,40 @@ SIZES: list[tuple[str, int]] = [
 ]  # fmt: skip
 SPECIAL = re.compile(r"(decoder_start|pad|bos|eos|eod|sep|cls|mask|forced_[be]os)_token_id|pad_index|(un?k|mask)_index")
 UNTOUCHED = frozenset({
-    "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "rope_parameters", "rope_scaling",
-    "per_layer_config", "num_labels",
+    "architectures", "transformers_version", "dtype", "torch_dtype", "id2label", "label2id", "num_labels",
+    "rope_parameters", "rope_scaling", "per_layer_config",
 })  # fmt: skip
 DEFAULT = object()  # a field that is taken out
 
+_TWO_KINDS = ["sliding_attention", "full_attention"] * 2
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_SEES = {"text_config": {"rope_parameters": _MROPE}}
+_MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_expand": 2}
 # What the rule does not guess.
-OVERRIDES: dict[str, dict[str, Any]] = {}
-WHY_NOT: dict[str, str] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], **_MAMBA},
+    "codegen": {"n_head": 8, "n_embd": 64, "rotary_dim": 4},
+    "cohere_compass_text": {"layer_types": _TWO_KINDS},
+    "cohere_compass": {"text_config": {"layer_types": _TWO_KINDS}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "dots1": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_routed_experts": 4, "n_shared_experts": 1},
+    "glm4v": _SEES,
+    "glm46v": _SEES,
+    "glm_ocr": _SEES,
+    "glmga": _SEES,
+    "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, **_MAMBA},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 6, "head_dim": 16},
+    "paddleocr_vl": _SEES,
+    "qwen2_vl": _SEES,
+    "qwen2_5_vl": _SEES,
+    "qwen2_5_omni_thinker": _SEES,
+    "reformer": {"is_decoder": True},
+    "xlnet": {"d_head": 8},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def names() -> list[str]:
@@ -85,9 +114,12 @@ def build(model_type: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         raise ValueError(f"no architecture {model_type!r}: expected one of {names()}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _classes()[model_type](_config(model_type)).to(dtype).eval()
+        model = _classes()[model_type](_config(model_type)).eval()
         _randomize(model)
         _tame(model)
+    model = model.to(dtype)
+    if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products know no float64
     return model
 
 
@@ -127,14 +159,16 @@ def _shrunk(fields: dict[str, Any]) -> dict[str, Any]:
                 small[name] = 0
         elif isinstance(value, list) and len(value) > LAYERS and re.search("layer|types|block|pattern|size", name):
             small[name] = _some_of_each(value)
-        elif isinstance(value, int) and not isinstance(value, bool) and (number := _size(name)) is not None:
+        elif type(value) is int and (number := _size(name)) is not None:
             small[name] = number
+        elif name == "head_dim" and value is None:
+            small[name] = 8
         else:
             small[name] = value
     if "qk_rope_head_dim" in small:  # latent attention: as many keys as queries, of two parts
         small |= {"head_dim": 4, "num_key_value_heads": 6, "qk_head_dim": 12}
     if sections := _mrope(fields):
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling")
+        rope: dict[str, Any] = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
         half = int(small.get("head_dim") or 48 // 6) * rope.get("partial_rotary_factor", 1) / 2
         small["rope_parameters"] = rope | {"mrope_section": [2, 1, 1] if half >= 4 else [1, 1, 0][: len(sections)]}
         small["rope_parameters"].setdefault("rope_theta", 10000.0)

@@ -9,7 +9,7 @@ and when a prompt is more than twice as long as the longest that was compared (w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,24 +37,33 @@ SAYS = {
 
 
 def able(
-    model: Model, prompts: Sequence[Prefix], strategy: Strategy = "auto", layered: bool = False
+    model: Model,
+    prompts: Sequence[Prefix],
+    strategy: Strategy = "auto",
+    layered: bool = False,
+    found: Mapping[bool, Established] | None = None,
 ) -> list[Capabilities]:
     """What is exact for each of these prompts, the ways compared that may be taken; layered: rows may come in late.
 
     auto: one that is not exact is warned of and refused, so that the next is taken. A named strategy that is not exact
     raises UnsupportedModelError with the figure. Refusals of the rules are the plan's business.
+    found: what is known already (`of_kinds`).
     """
-    found: dict[bool, Capabilities] = {}
-    for images in {bool(prompt.prompt.inputs) for prompt in prompts}:
+    seen: dict[bool, Capabilities] = {}
+    for images, here in (found or of_kinds(model, prompts)).items():
         some = [prompt for prompt in prompts if bool(prompt.prompt.inputs) == images]
-        found[images] = _established(model, some, images, strategy, layered).can
-    return [found[bool(prompt.prompt.inputs)] for prompt in prompts]
+        seen[images] = _established(model, some, images, strategy, layered, here).can
+    return [seen[bool(prompt.prompt.inputs)] for prompt in prompts]
+
+
+def of_kinds(model: Model, prompts: Sequence[Prefix]) -> dict[bool, Established]:
+    """What is known of prompts without images, and with them, as far as there are such."""
+    return {images: known(model, images) for images in {bool(prompt.prompt.inputs) for prompt in prompts}}
 
 
 def _established(
-    model: Model, prompts: Sequence[Prefix], images: bool, strategy: Strategy, layered: bool
+    model: Model, prompts: Sequence[Prefix], images: bool, strategy: Strategy, layered: bool, here: Established
 ) -> Established:
-    here = known(model, images)
     for way in _ways(strategy, layered):
         if here.can.why_not(way) or (way == "expanded" and strategy == "auto" and not here.can.packed):
             continue
@@ -69,7 +78,7 @@ def _established(
         probes = _probes(model, fitting, limit)
         if not probes:
             continue
-        _see_all_layers(model, probes[0])
+        _see_heads(model, probes[0])
         refused = _compare(model, probes, way, here.can)
         if refused is None:  # for this call nothing is shared, and nothing is known of others
             warnings.warn(f"{model.name}: {UNCLEAR}", stacklevel=5)
@@ -107,8 +116,8 @@ def _probes(model: Model, prompts: Sequence[Prefix], limit: int) -> list[Prefix]
 
 
 @torch.no_grad()
-def _see_all_layers(model: Model, probe: Prefix) -> None:
-    """Raises UnsupportedModelError if a forward passes by heads: patching them would have no effect."""
+def _see_heads(model: Model, probe: Prefix) -> None:
+    """Raises UnsupportedModelError if a forward passes by all heads: patching would have no effect."""
     seen: set[int] = set()
 
     def see(layer: int, z: Tensor) -> Tensor:
@@ -116,10 +125,10 @@ def _see_all_layers(model: Model, probe: Prefix) -> None:
         return z
 
     model.forward(probe.tokens[None] if probe.prompt.inputs else probe.tokens[None, :4], see, None, probe.prompt.inputs)
-    if missing := sorted(set(range(model.shape.n_layers)) - seen):
+    if not seen:
         raise UnsupportedModelError(
-            f"{model.name}: patching has no effect in layers {missing}, which its forward does not run: "
-            "declare others, models.wrap(model, projections=[...])"
+            f"{model.name}: patching has no effect, its logits do not come through the output projections that were "
+            "found: declare others, models.wrap(model, projections=[...])"
         )
 
 
@@ -131,8 +140,7 @@ def _compare(model: Model, probes: Sequence[Prefix], way: str, can: Capabilities
     if way == "layered":
         heads[1, : shape.n_layers // 2] = False
     values = torch.randn(shape.n_layers, shape.n_heads, shape.head_dim, generator=random)
-    n_tail = 2 if all(not why_not_split(probe.prompt, len(probe.tokens) - 2) for probe in probes) else 1
-    patch = Patch(heads, values, tuple(range(-n_tail, 0)), "replace")
+    patch = Patch(heads, values, (-1,), "replace")
     want = torch.stack([naive.rows(model, patch, probe) for probe in probes])
     noise = torch.stack([naive.rows(model, patch, probe, rounding=True) for probe in probes])
     if not (want.isfinite().all() and noise.isfinite().all()):
@@ -155,12 +163,16 @@ def _compare(model: Model, probes: Sequence[Prefix], way: str, can: Capabilities
 def _runs(
     model: Model, patch: Patch, probes: Sequence[Prefix], way: str, can: Capabilities
 ) -> Iterator[Float[Tensor, "prompts rows vocab"]]:
-    """All rows of all prompts in one pass where the way can, with prefixes fresh and used again."""
+    """All rows of all prompts in one pass where the way can: rows of one token and of two (some hooks do nothing to
+    one, others to the last of two), with prefixes fresh and used again.
+    """
     asked = [Request(len(p.tokens), patch.n_rows, patch.at(len(p.tokens)), entry=patch.first_layers()) for p in probes]
     plans = [make_plan(model.shape, can, one, way) for one in asked]  # type: ignore[arg-type]
     yield runner.run(model, patch, probes, plans)
     if way in ("packed", "layered"):
         yield runner.run(model, patch, compute(probes, [plan.split for plan in plans]), plans)
+    if way != "batch" and not any(why_not_split(probe.prompt, len(probe.tokens) - 2) for probe in probes):
+        yield runner.run(model, patch, probes, [replace(plan, split=plan.split - 1) for plan in plans])
 
 
 def _apart(want: Tensor, got: Tensor) -> float:

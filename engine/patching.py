@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from engine.capabilities import known
-from engine.checking import able
+from engine.checking import able, of_kinds
 from engine.intervention import Heads, Mode, Steering, read_patch
 from engine.planning import Plan, Request, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes, patched_positions, why_not_split
@@ -84,10 +84,11 @@ def request(prompt: Prefix, rows: int, positions: Sequence[int], entry: Sequence
 
 def decide(model: Model, prompts: Sequence[Prefix], asked: Sequence[Request], strategy: Strategy) -> list[Plan]:
     """A plan for each prompt. The rules refuse what they must before anything runs; what they allow is compared."""
+    before = of_kinds(model, prompts)
     first = [
-        make_plan(model.shape, known(model, bool(prompt.prompt.inputs)).can, one, strategy)
+        make_plan(model.shape, before[bool(prompt.prompt.inputs)].can, one, strategy)
         for prompt, one in zip(prompts, asked, strict=True)
     ]
     late = any(plan.strategy == "layered" for plan in first)
-    found = able(model, prompts, strategy, layered=late)
+    found = able(model, prompts, strategy, late, before)
     return [make_plan(model.shape, can, one, strategy) for can, one in zip(found, asked, strict=True)]

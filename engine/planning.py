@@ -78,8 +78,8 @@ def make_plan(shape: Shape, can: Capabilities, asked: Request, strategy: Strateg
 
     Raises ValueError for an unknown strategy or no rows, UnsupportedModelError for one that is not exact on the model.
 
-    >>> asked = Request(n_tokens=512, n_rows=32, positions=[511])
-    >>> make_plan(Shape(30, 9, 3, 64, 576, 49152, 8192), Capabilities(), asked).n_computed
+    >>> asked = engine.planning.Request(n_tokens=512, n_rows=32, positions=[511])
+    >>> make_plan(Shape(30, 9, 3, 64, 576, 49152, 8192), models.Capabilities(), asked).n_computed
     543
     """
     n_tokens, n_rows = asked.n_tokens, asked.n_rows

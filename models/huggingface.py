@@ -66,6 +66,10 @@ class HuggingFace:
             raise UnsupportedModelError(
                 f"{type(hf).__name__} is an encoder-decoder: expected a decoder alone (...ForCausalLM), or an encoder"
             )
+        if not isinstance(getattr(_embeddings(hf), "weight", None), Tensor):
+            raise UnsupportedModelError(
+                f"{type(hf).__name__} has no table of token embeddings: expected a language model"
+            )
         self.hf = hf
         self.processor = processor
         self.tokenizer = processor.tokenizer if tokenizer is None and processor is not None else tokenizer
@@ -90,7 +94,8 @@ class HuggingFace:
 
     @property
     def decoder(self) -> nn.Module:
-        return self.hf.get_decoder() if hasattr(self.hf, "get_decoder") else self.hf  # type: ignore[operator]
+        found = self.hf.get_decoder() if hasattr(self.hf, "get_decoder") else self.hf  # type: ignore[operator]
+        return found if len(found._modules) else self.hf  # some name their vocabulary projection so
 
     @property
     def body(self) -> Anatomy:
@@ -105,7 +110,7 @@ class HuggingFace:
 
     @property
     def shape(self) -> Shape:
-        return self._body.shape
+        return (self._body if self._body.has_its_blocks() else self.body).shape
 
     def state(self) -> Hashable:
         body = self.body
@@ -347,6 +352,13 @@ class HuggingFace:
     def _logits(self, given: dict[str, Any]) -> Tensor:
         given = {key: value for key, value in given.items() if key in self._accepts}
         return self.hf(**given, **({"return_dict": True} if "return_dict" in self._accepts else {})).logits
+
+
+def _embeddings(hf: nn.Module) -> Any:
+    try:
+        return hf.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _foreign(module: nn.Module) -> list[int]:

@@ -62,7 +62,7 @@ class Capabilities:
     batch:    whole rows beside each other.
     longest:  tokens of the longest prompt of which anything can be shared; `longer` says why no more.
 
-    >>> Capabilities(packed="its layers are convolutions").why_not("layered")
+    >>> models.Capabilities(packed="its layers are convolutions").why_not("layered")
     'its layers are convolutions'
     """
 

@@ -20,6 +20,9 @@ KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 def rules(hf: nn.Module, config: Any, decoder: nn.Module, body: Anatomy, accepts: Any) -> Capabilities:
     """Refuses what is not known to be right."""
+    if any("quantized.dynamic" in type(module).__module__ for module in body.modules):
+        why = "its layers scale all that goes through them at once by the largest of it"
+        return Capabilities(layered=why, packed=why, expanded=why, batch=why)
     if why := why_not_shared(decoder, config, body):
         return Capabilities(layered=why, packed=why, expanded=why)
     longest, longer = why_no_longer(body.modules)
