@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -16,6 +23,8 @@ from torch import Tensor
 
 from models import Model
 from models.shapes import Bool, Float
+
+SCRATCH = ".scratch"
 
 
 @dataclass(frozen=True)
@@ -102,11 +111,27 @@ def load_tensors(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, Te
         raise ValueError(f"{path} is truncated, or not a file with {', '.join(names)}: {error}") from error
 
 
-def write_whole(path: str | Path, content: bytes | str) -> None:
-    """Write a file so that its name never holds half of it: a neighbour first, then a rename."""
+def can_begin(path: str | Path) -> bool:
+    """Whether no file is there yet; then one can be written, or OSError is raised."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    _sweep_up(path)
+    if path.exists():
+        return False
+    with tempfile.TemporaryFile(dir=path.parent):
+        return True
+
+
+def write_whole(path: str | Path, content: bytes | str) -> None:
+    """Write a file so that its name never holds half of it: a neighbour first, then a rename.
+
+    The neighbour is locked while it is written: one that nobody locks was left by a process that died, and goes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_up(path)
+    handle, scratch = _scratch(path)
+    lock = None if fcntl is None else os.dup(handle)  # lasts until both are closed
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -119,3 +144,33 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _scratch(path: Path) -> tuple[int, str]:
+    """A new neighbour of a file, open and locked."""
+    while True:
+        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH, dir=path.parent)
+        _locked(handle)
+        if os.fstat(handle).st_nlink:  # else another process took it for a dead one's before it was locked
+            return handle, scratch
+        os.close(handle)
+
+
+def _sweep_up(path: Path) -> None:
+    """Remove the neighbours of a file that processes left which were killed while they wrote it."""
+    for scratch in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{SCRATCH}") if fcntl else ():
+        with suppress(OSError), scratch.open("rb+") as file:  # another process may be faster
+            if _locked(file.fileno(), fcntl.LOCK_NB):
+                scratch.unlink()
+
+
+def _locked(handle: int, how: int = 0) -> bool:
+    """Whether the file could be locked, until it is closed or the process dies; never where there are no locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | how)
+    except (AttributeError, OSError):
+        return False
+    return True

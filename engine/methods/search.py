@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from engine.artifacts import load_tensors, save_tensors
+from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.methods.estimators import Estimator, leave_one_out
 from models.shapes import Bool, Float
 
@@ -132,10 +131,8 @@ class Search:
 
 def read_checkpoint(path: str | Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], int] | None:
     """The state of a search and its rollouts at once; None if no file is there yet, and then it can be written."""
-    if not Path(path).exists():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=Path(path).parent):
-            return None
+    if can_begin(path):
+        return None
     tensors, saved = load_tensors(path, ("theta", "exp_avg", "exp_avg_sq", "random", "losses"))
     saved = {"estimator": "reinforce", "prompts_per_step": 1} | saved  # older files were of nothing else
     differing = sorted(key for key in identity if saved.get(key) != identity[key])

@@ -2,13 +2,17 @@
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import engine
-from engine.artifacts import load_tensors, save_tensors, write_whole
+from engine import artifacts
+from engine.artifacts import can_begin, load_tensors, save_tensors, write_whole
 
 
 @pytest.fixture
@@ -81,3 +85,106 @@ def test_failed_writing_leaves_the_old_file(tmp_path, monkeypatch, step, error):
     assert os.listdir(tmp_path) == ["notes.txt"]
     write_whole(path, b"new")
     assert path.read_text() == "new"
+
+
+SLOW = """
+import os, sys
+from engine.artifacts import write_whole
+sync = os.fsync
+def slowly(handle):
+    sync(handle)
+    print("half", flush=True)
+    sys.stdin.readline()
+os.fsync = slowly
+write_whole(sys.argv[1], "new")
+"""
+
+
+@pytest.fixture
+def writing(tmp_path):
+    """A function: a process that is in the middle of writing a file, until it is told to go on."""
+    started = []
+
+    def start(path):
+        pipe = subprocess.PIPE
+        process = subprocess.Popen([sys.executable, "-c", SLOW, path], stdin=pipe, stdout=pipe, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "half\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_what_a_killed_process_left_goes(tmp_path, writing):
+    """With the next write, and where a search or a sweep looks for its checkpoint."""
+    path = tmp_path / "a[b]*.ckpt"
+    for begin in (lambda: write_whole(path, "whole"), lambda: can_begin(path)):
+        process = writing(path)
+        process.kill()
+        process.wait()
+        assert len(os.listdir(tmp_path)) == 1 + path.exists()
+        begin()
+        assert os.listdir(tmp_path) == [path.name]
+        assert path.read_text() == "whole"
+
+
+def test_what_others_write_stays(tmp_path, writing):
+    path = tmp_path / "ckpt"
+    beside = [writing(path), writing(path), writing(tmp_path / "ckpt.0")]
+    beside[1].kill()
+    beside[1].wait()
+    (tmp_path / ".ckpt.settings").write_text("of the user")
+    (tmp_path / ".ckpt.0.settings.scratch").write_text("of the user")
+    assert len(list(tmp_path.glob(".*.scratch"))) == 4
+    write_whole(path, "mine")
+    left = sorted(name.split(".")[1:-2] for name in os.listdir(tmp_path) if name.endswith(".scratch"))
+    assert left == [["ckpt"], ["ckpt", "0"], ["ckpt", "0"]]
+    assert path.read_text() == "mine"
+    beside[0].communicate("go on\n")
+    assert beside[0].returncode == 0
+    assert path.read_text() == "new"
+    assert (tmp_path / ".ckpt.settings").exists()
+
+
+def test_a_scratch_file_that_went_before_it_was_locked(tmp_path, monkeypatch):
+    """Between its making and its locking another process may take it for a dead one's."""
+    made = []
+    make = tempfile.mkstemp
+
+    def mkstemp(**where):
+        handle, scratch = make(**where)
+        made.append(scratch)
+        if len(made) == 1:
+            os.unlink(scratch)
+        return handle, scratch
+
+    monkeypatch.setattr(tempfile, "mkstemp", mkstemp)
+    write_whole(tmp_path / "x", "new")
+    assert len(made) == 2
+    assert (tmp_path / "x").read_text() == "new"
+
+
+def test_without_locks_nothing_is_removed(tmp_path, writing, monkeypatch):
+    process = writing(tmp_path / "x")
+    process.kill()
+    process.wait()
+    monkeypatch.setattr(artifacts, "fcntl", None)
+    write_whole(tmp_path / "x", "new")
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_search_that_was_killed_while_it_wrote(model, tmp_path, writing):
+    """Goes on from its last checkpoint, and leaves nothing else behind."""
+    path, examples = tmp_path / "search", [engine.Example("abc", "d")]
+    options = dict(rollouts=2, progress=False, checkpoint=path, checkpoint_every=1)
+    engine.mtv.extract(model, examples, torch.zeros(3, 6, 8), steps=1, **options)
+    before = path.read_bytes()
+    process = writing(path)
+    process.kill()
+    process.wait()
+    assert path.read_bytes() == before
+    engine.mtv.extract(model, examples, torch.zeros(3, 6, 8), steps=2, **options)
+    assert os.listdir(tmp_path) == ["search"]
