@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from models.interface import IMAGE, Encoded, Prompt
+from models.reading import check_begin, check_text
 
 # Of what a processor returns: not a forward's business, or all ones for a single prompt.
 UNUSED = ("input_ids", "attention_mask", "labels")
@@ -29,9 +30,11 @@ def read_images(prompt: Prompt, processor: Any, image_token: int, name: str) -> 
             f"the prompt has {text.count(marker)} image marker(s) ({IMAGE} or {marker}) "
             f"and {len(prompt.images)} image(s): expected one image for each marker"
         )
+    check_text(text)
     images = [open_image(image, index) for index, image in enumerate(prompt.images)]
     out = processor(text=text, images=[images] if _nested(processor) else images, return_tensors="pt")
     ids = torch.as_tensor(out["input_ids"])[0]
+    check_begin(text, ids, processor.tokenizer)
     inputs = {key: value for key, value in out.items() if key not in UNUSED and isinstance(value, Tensor)}
     image_tokens = ids == image_token
     if not image_tokens.any():

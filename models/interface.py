@@ -6,10 +6,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from models.shapes import Bool, Float, Int
+from models.shapes import Bool, Float, Int, Integer
 
 # edit(layer, z) -> z, with z[batch, tokens, heads, head_dim] the heads' outputs before the output projection.
 # It is called once a layer, in order, with the tokens of every row. It may write to z and return it, or return a new
@@ -133,7 +134,7 @@ class Encoded:
         return int(self.image_tokens.nonzero().max()) + 1
 
 
-PromptLike: TypeAlias = "str | Prompt | Sequence[int] | Tensor"
+PromptLike: TypeAlias = "str | Prompt | Sequence[Integer] | Tensor | np.ndarray"
 
 
 @dataclass

@@ -5,7 +5,7 @@ jaxtyping is not needed to run: every module reads annotations lazily, so withou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -15,4 +15,6 @@ else:
     except ImportError:
         Bool = Float = Int = Any
 
-__all__ = ["Bool", "Float", "Int"]
+Integer: TypeAlias = SupportsIndex  # of Python, numpy or torch; `models.reading` refuses bools
+
+__all__ = ["Bool", "Float", "Int", "Integer"]
