@@ -12,12 +12,13 @@ from torch.nn.functional import pad
 
 from engine.checking import able
 from engine.distributed import ALONE, World, digest, identity
-from engine.intervention import read_patch
+from engine.intervention import Positions, check_model, read_patch
 from engine.planning import MAX_TOKENS
 from engine.prefix import Prefix, as_prefix
 from engine.progress import track
 from engine.runner import segments
 from models import Model, PromptLike
+from models.reading import as_int
 from models.shapes import Float
 
 # Prompts that share a forward, with the positions wanted of each.
@@ -25,7 +26,7 @@ Group: TypeAlias = list[tuple[Prefix, list[int]]]
 
 
 def capture(
-    model: Model, prompts: Iterable[PromptLike], positions: int | Sequence[int] = -1, *, progress: bool = False
+    model: Model, prompts: Iterable[PromptLike], positions: Positions = -1, *, progress: bool = False
 ) -> Float[Tensor, "prompts ..."]:
     """z, what every head outputs before W_O, at one token of each prompt (default the last) or at several.
 
@@ -35,8 +36,8 @@ def capture(
     >>> engine.capture(model, ["Q: hot\\nA:", "Q: big\\nA:"]).shape[0]
     2
     """
-    one = isinstance(positions, int)
-    at = read_patch(model.shape, None, None, positions).positions
+    one = as_int(positions) is not None
+    at = read_patch(model, None, None, positions).positions
     chunks = [_capture(model, few) for few in _groups(model, prompts, at, progress)]
     if not chunks:
         raise ValueError("no prompts were given")
@@ -61,6 +62,7 @@ def mean_activations(
 
     >>> means = engine.mean_activations(model, ["Q: hot\\nA:", "Q: big\\nA:"], progress=False)
     """
+    check_model(model)
     if world.size > 1:
         world.same(identity(model))
     shape = (model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)

@@ -17,11 +17,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from engine.intervention import check_model
 from models import Model
+from models.reading import read_tensor
 from models.shapes import Bool, Float
 
 SCRATCH = ".scratch"
@@ -50,7 +53,7 @@ class TaskVector:
         """The patched heads as (layer, head)."""
         return [(layer, head) for layer, head in self.mask.nonzero().tolist()]
 
-    def with_values(self, values: Float[Tensor, "layers heads head_dim"]) -> TaskVector:
+    def with_values(self, values: Float[Tensor, "layers heads head_dim"] | np.ndarray) -> TaskVector:
         """The same heads, carrying other means: heads found on one task serve another, without a search on it.
 
         values: from `mean_activations` over prompts of the other task, by the same model.
@@ -62,13 +65,16 @@ class TaskVector:
         >>> engine.TaskVector.load("antonyms.safetensors").with_values(means).heads
         [(10, 3), (12, 0)]
         """
-        if values.shape != self.values.shape or not values.isfinite().all():
-            got = list(values.shape) if values.shape != self.values.shape else "values that are not finite"
+        given: Any = read_tensor(values, "values")
+        got = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        if got != list(self.values.shape) or not given.isfinite().all():
+            got = got if got != list(self.values.shape) else "values that are not finite"
             raise ValueError(f"expected finite values of shape {list(self.values.shape)}, got {got}")
-        return replace(self, values=values.detach().float().cpu(), metadata=self.metadata | {"transferred": True})
+        return replace(self, values=given.detach().float().cpu(), metadata=self.metadata | {"transferred": True})
 
     def check(self, model: Model) -> None:
         """Raise ValueError unless the vector was made with this model."""
+        check_model(model)
         made, shape = self.metadata.get("model"), tuple(self.values.shape)
         fits = shape == (model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
         if not fits or made != model.name:

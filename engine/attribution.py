@@ -15,34 +15,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.checking import able
 from engine.effects import Effects
+from engine.intervention import Positions
 from engine.metrics import Metric
 from engine.patching import patch
 from engine.prefix import Prefix
 from engine.progress import track
-from engine.sweeping import Ablation, Asked, Budget, activations, computed, read
-from engine.tasks.scoring import Example
+from engine.sweeping import Ablation, Asked, Budget, Tokens, activations, computed, read
+from engine.tasks.scoring import ExampleLike
 from models import Model, PromptLike, UnsupportedModelError
-from models.shapes import Float
+from models.reading import read_int
+from models.shapes import Float, Integer
 
 
 def attribute(
     model: Model,
-    prompts: Sequence[PromptLike | Example],
-    values: Tensor | Ablation | None = None,
+    prompts: Sequence[PromptLike | ExampleLike],
+    values: Tensor | np.ndarray | Ablation | None = None,
     *,
     source: Sequence[PromptLike] | None = None,
     metric: Metric | Callable[[Tensor], Tensor] = "probability",
-    targets: Sequence[int | str] | None = None,
-    others: Sequence[int | str] | None = None,
-    positions: int | Sequence[int] = -1,
-    steps: int = 1,
-    memory: int | None = None,
-    seed: int = 0,
+    targets: Tokens = None,
+    others: Tokens = None,
+    positions: Positions = -1,
+    steps: Integer = 1,
+    memory: Integer | None = None,
+    seed: Integer = 0,
     progress: bool = True,
 ) -> Effects:
     """The effect of patching each head alone, estimated for all heads by one forward and one backward pass a prompt.
@@ -69,8 +72,7 @@ def attribute(
     >>> estimated.effect.shape == (1, model.shape.n_layers, model.shape.n_heads)
     True
     """
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    steps = read_int(steps, "steps")
     if metric == "rank":
         raise ValueError("'rank' has no gradient: take 'log_probability', or engine.sweep")
     if metric == "kl" and steps == 1:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engine.artifacts import load_tensors, save_tensors
 from engine.metrics import check_scores
-from models.shapes import Bool, Float
+from models.reading import read_int, read_seed
+from models.shapes import Bool, Float, Integer
 
 if TYPE_CHECKING:
     import pandas
@@ -122,7 +123,7 @@ class Effects:
         return (x.std(dim=0) / len(x) ** 0.5).reshape(self.patched.shape[1:])
 
     def interval(
-        self, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+        self, level: float = 0.95, resamples: Integer = 10_000, seed: Integer = 0
     ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
         """Low and high end of the bootstrap interval of each unit's mean effect: prompts are resampled, BCa.
 
@@ -141,7 +142,7 @@ class Effects:
         x = self._several("an interval")
         if not 0 < level < 1:
             raise ValueError(f"level must lie between 0 and 1, got {level}")
-        _check_resamples(resamples)
+        resamples, seed = _read_resamples(resamples), read_seed(seed)
         low, high = x[0].clone(), x[0].clone()
         varied = (x != x[0]).any(dim=0).nonzero().flatten()
         for units in varied.split(AT_ONCE):
@@ -159,7 +160,7 @@ class Effects:
         return low.reshape(shape), high.reshape(shape)
 
     def p_values(
-        self, correction: Correction | None = "max", resamples: int = 10_000, seed: int = 0
+        self, correction: Correction | None = "max", resamples: Integer = 10_000, seed: Integer = 0
     ) -> Float[Tensor, "..."]:
         """Two-sided sign-flip test, over prompts, that a unit's mean effect is zero, corrected for the number of units.
 
@@ -184,7 +185,7 @@ class Effects:
         if correction is not None and correction not in get_args(Correction):
             raise ValueError(f"correction must be one of {get_args(Correction)} or None, got {correction!r}")
         x = self._several("a test")
-        _check_resamples(resamples)
+        resamples, seed = _read_resamples(resamples), read_seed(seed)
         n = len(x)
         exact = 2 ** (n - 1) <= resamples
         signs = _all_signs(n) if exact else _drawn_signs(n, resamples, seed)
@@ -207,7 +208,7 @@ class Effects:
             p = torch.from_numpy(_needed("scipy.stats", "correction 'fdr'").false_discovery_control(p.numpy()))
         return p.reshape(self.patched.shape[1:])
 
-    def top(self, k: int, by: Ranking = "absolute") -> list[Any]:
+    def top(self, k: Integer, by: Ranking = "absolute") -> list[Any]:
         """The k units of the largest mean effect, largest first; of equal ones, the first.
 
         by: "absolute" size, whatever the sign; "positive": the most raising; "negative": the most lowering.
@@ -255,8 +256,8 @@ class Effects:
         self,
         level: float = 0.95,
         correction: Correction | None = "max",
-        resamples: int = 10_000,
-        seed: int = 0,
+        resamples: Integer = 10_000,
+        seed: Integer = 0,
     ) -> pandas.DataFrame:
         """A row for each unit: position, layer and head or group, mean effect, standard_error, low, high, p.
 
@@ -351,8 +352,8 @@ class Effects:
     def _beside(self, one_a_prompt: Float[Tensor, " prompts"]) -> Float[Tensor, "prompts ..."]:
         return one_a_prompt.reshape(-1, *[1] * (self.patched.ndim - 1))
 
-    def _best(self, k: int, by: Ranking) -> list[int]:
-        means = self.mean.flatten()
+    def _best(self, k: Integer, by: Ranking) -> list[int]:
+        means, k = self.mean.flatten(), read_int(k, "k", None)
         if not 1 <= k <= len(means):
             raise ValueError(f"the top must be of 1 to {len(means)} units, which is how many there are, got {k}")
         keys = {"absolute": means.abs(), "positive": means, "negative": -means}[by]
@@ -385,9 +386,10 @@ def _flat(x: Tensor) -> Any:
     return x.detach().cpu().flatten().numpy()
 
 
-def _check_resamples(resamples: int) -> None:
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, got {resamples}")
+def _read_resamples(resamples: Integer) -> int:
+    if (found := read_int(resamples, "resamples", None)) < 1:
+        raise ValueError(f"resamples must be at least 1, got {found}")
+    return found
 
 
 def _needed(module: str, what: str, extra: str = "stats") -> Any:

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from engine.distributed import ALONE, World, digest, identity
-from engine.intervention import Heads, read_patch
+from engine.intervention import Heads, Values, read_patch
 from engine.progress import track
-from engine.tasks.scoring import Example, first_token_hits
+from engine.tasks.scoring import ExampleLike, check_examples, first_token_hits, read_examples
 from models import Model
 
 
@@ -41,10 +40,10 @@ class Score:
 def evaluate(
     model: Model,
     name: str,
-    examples: Sequence[Example],
+    examples: Sequence[ExampleLike],
     *,
     heads: Heads = None,
-    values: Tensor | None = None,
+    values: Values = None,
     progress: bool = False,
     world: World = ALONE,
 ) -> Score:
@@ -58,11 +57,10 @@ def evaluate(
     >>> score.queries
     1
     """
-    if not examples:
-        raise ValueError("no examples were given")
-    lengths = [len(model.encode(example.prompt)) for example in examples]
+    patch = read_patch(model, heads, values)
+    examples = read_examples(examples)
+    lengths = check_examples(model, examples)
     if world.size > 1:
-        patch = read_patch(model.shape, heads, values)
         world.same(identity(model) | {"name": name, "lengths": lengths, "patch": digest(patch.heads, patch.values)})
     measured: list[tuple[bool, float]] = []
     for example in track(examples[world.share(len(examples))], name, progress and world.rank == 0):

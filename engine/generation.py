@@ -7,15 +7,16 @@ from dataclasses import replace
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from engine.checking import able
-from engine.intervention import Heads, Mode, Patch, Steering, read_patch
+from engine.intervention import Heads, Mode, Patch, Steering, Values, read_patch
 from engine.patching import decide, request
 from engine.planning import MAX_TOKENS, Request, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
 from engine.runner import make_edit, make_steer, run, segments
 from models import Capabilities, Model, Segment, UnsupportedModelError
+from models.reading import read_int
+from models.shapes import Integer
 
 
 @torch.no_grad()
@@ -24,10 +25,10 @@ def generate(
     prompt: Prompts,
     *,
     heads: Heads = None,
-    values: Tensor | None = None,
+    values: Values = None,
     mode: Mode = "replace",
     steering: Steering | None = None,
-    max_new_tokens: int = 20,
+    max_new_tokens: Integer = 20,
     stop: str | None = None,
     strategy: Strategy = "auto",
 ) -> str | list[str] | list[list[str]]:
@@ -44,12 +45,11 @@ def generate(
     >>> engine.generate(model, "Q: hot\\nA:", heads=[(10, 3)], values=means, max_new_tokens=3)
     '...'
     """
-    patch = read_patch(model.shape, heads, values, -1, mode, steering)
+    patch = read_patch(model, heads, values, -1, mode, steering)
     several, prompts = as_prefixes(model, prompt)
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
-    if stop == "":
-        raise ValueError("stop must be text that ends an answer, or None, got ''")
+    max_new_tokens = read_int(max_new_tokens, "max_new_tokens")
+    if stop is not None and (not isinstance(stop, str) or not stop):
+        raise ValueError(f"stop must be text that ends an answer, or None, got {stop!r}")
     if not model.generates:
         raise UnsupportedModelError(f"{model.name} is an encoder: it answers, but does not generate text")
     if model.tokenizer is None:

@@ -8,9 +8,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from engine.intervention import read_heads
+from engine.intervention import check_model, read_heads
 from models import Model
-from models.shapes import Bool
+from models.shapes import Bool, Integer
 
 
 def layers(model: Model) -> dict[str, Bool[Tensor, "layers heads"]]:
@@ -19,12 +19,13 @@ def layers(model: Model) -> dict[str, Bool[Tensor, "layers heads"]]:
     >>> list(engine.groups.layers(model))[:2]
     ['layer 0', 'layer 1']
     """
+    check_model(model)
     shape = model.shape
     masks = torch.eye(shape.n_layers, dtype=torch.bool)[:, :, None].expand(-1, -1, shape.n_heads)
     return {f"layer {layer}": mask for layer, mask in enumerate(masks)}
 
 
-def pairs(model: Model, heads: Sequence[tuple[int, int]]) -> dict[str, Bool[Tensor, "layers heads"]]:
+def pairs(model: Model, heads: Sequence[Sequence[Integer]]) -> dict[str, Bool[Tensor, "layers heads"]]:
     """Every two of these heads.
 
     >>> list(engine.groups.pairs(model, [(1, 0), (2, 0), (2, 1)]))
@@ -33,7 +34,7 @@ def pairs(model: Model, heads: Sequence[tuple[int, int]]) -> dict[str, Bool[Tens
     return {" + ".join(f"{la}.{h}" for la, h in two): _mask(model, two) for two in combinations(heads, 2)}
 
 
-def cumulative(model: Model, heads: Sequence[tuple[int, int]]) -> dict[str, Bool[Tensor, "layers heads"]]:
+def cumulative(model: Model, heads: Sequence[Sequence[Integer]]) -> dict[str, Bool[Tensor, "layers heads"]]:
     """The first of these heads, the first two, and so on: of a ranking, the top k for every k.
 
     >>> [int(mask.sum()) for mask in engine.groups.cumulative(model, [(2, 0), (1, 0)]).values()]
@@ -42,6 +43,7 @@ def cumulative(model: Model, heads: Sequence[tuple[int, int]]) -> dict[str, Bool
     return {f"top {k}": _mask(model, heads[:k]) for k in range(1, len(heads) + 1)}
 
 
-def _mask(model: Model, heads: Sequence[tuple[int, int]]) -> Bool[Tensor, "layers heads"]:
+def _mask(model: Model, heads: Sequence[Sequence[Integer]]) -> Bool[Tensor, "layers heads"]:
     """Raises IndexError or TypeError for what is no head of the model."""
+    check_model(model)
     return read_heads(model.shape, list(heads))[0]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from models import Shape
-from models.shapes import Bool, Float
+from models import Model, Shape
+from models.reading import as_int, read_int, read_tensor
+from models.shapes import Bool, Float, Integer
 
 Mode: TypeAlias = Literal["replace", "add"]
 # A mask [rows, layers, heads] or [layers, heads], or (layer, head) pairs for one row; None patches nothing.
-Heads: TypeAlias = "Bool[Tensor, 'rows layers heads'] | Bool[Tensor, 'layers heads'] | Sequence[tuple[int, int]] | None"
+Heads: TypeAlias = Tensor | np.ndarray | Sequence[Iterable[Integer]] | None
+# [layers, heads, head_dim], or one set a row.
+Values: TypeAlias = Tensor | np.ndarray | None
+Positions: TypeAlias = Integer | Sequence[Integer]  # arrays and tensors are of the first type
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Steering:
     >>> logits = engine.patch(model, "Q: hot\\nA:", steering=engine.Steering(torch.zeros(model.shape.d_model), [0, 1]))
     """
 
-    vector: Float[Tensor, " d_model"]
-    layers: int | Sequence[int | None]
+    vector: Float[Tensor, " d_model"] | np.ndarray
+    layers: Integer | Sequence[Integer | None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Patch:
         if self.steering is None:
             return [None] * self.n_rows
         layers = self.steering.layers
-        return [layers] * self.n_rows if isinstance(layers, int) else layers
+        return [layers] * self.n_rows if isinstance(layers, int) else layers  # type: ignore[return-value]
 
     def first_layers(self) -> list[int]:
         """The first layer at which each row is patched or steered; the last for a row that is neither."""
@@ -90,55 +94,82 @@ class Patch:
         return tuple(sorted({p % n_tokens for p in self.positions}))
 
 
+def check_model(model: Any) -> None:
+    """Raises TypeError for a model that was not wrapped."""
+    if not hasattr(model, "packing_refused"):
+        kind = type(model).__name__
+        raise TypeError(
+            f"expected a model of models.load(...) or models.wrap(...), got {kind}: wrap it, models.wrap(hf)"
+        )
+
+
 def read_patch(
-    shape: Shape,
+    model: Model,
     heads: Heads,
-    values: Tensor | None,
-    positions: int | Sequence[int] = -1,
+    values: Values,
+    positions: Positions = -1,
     mode: Mode = "replace",
     steering: Steering | None = None,
 ) -> Patch:
-    """Check what a caller gave against the model's shape.
+    """Check what a caller gave against the model's shape and dtype.
 
     Raises TypeError, ValueError or IndexError naming what was given and what was expected.
     """
-    if heads is None and steering is not None and not isinstance(steering.layers, int):
-        heads = torch.zeros(len(steering.layers), shape.n_layers, shape.n_heads, dtype=torch.bool)
-    mask = read_heads(shape, heads)
-    check_steering(shape, steering, len(mask))
+    check_model(model)
+    steering = read_steering(model, steering)
+    mask = read_heads(model.shape, heads)
+    if steering is not None and isinstance(steering.layers, list):
+        mask = mask.repeat(len(steering.layers), 1, 1) if heads is None else mask
+        if len(steering.layers) != len(mask):
+            raise ValueError(f"steering must name a layer for each of {len(mask)} rows, got {len(steering.layers)}")
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
-    return Patch(mask, read_values(shape, values, mask), read_positions(positions), mode, steering)
+    return Patch(mask, read_values(model, values, mask), read_positions(positions), mode, steering)
 
 
-def check_steering(shape: Shape, steering: Steering | None, n_rows: int) -> None:
+def read_steering(model: Model, steering: Steering | None) -> Steering | None:
+    """With a tensor, and layers as an int or a list."""
     if steering is None:
-        return
-    vector, layers = steering.vector, steering.layers
+        return None
+    if not isinstance(steering, Steering):
+        raise TypeError(f"steering must be an engine.Steering, got {type(steering).__name__}")
+    shape, vector = model.shape, read_tensor(steering.vector, "a steering vector")
     if not isinstance(vector, Tensor) or not vector.is_floating_point() or tuple(vector.shape) != (shape.d_model,):
         given = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
         raise ValueError(f"a steering vector must be a floating-point tensor {[shape.d_model]}, got {given}")
     if not vector.isfinite().all():
         raise ValueError("the steering vector must be finite, got NaN or inf")
-    each = [layers] if isinstance(layers, int) else list(layers)
-    if not isinstance(layers, int) and len(each) != n_rows:
-        raise ValueError(f"steering must name a layer for each of {n_rows} rows, got {len(each)}")
-    for layer in each:
-        if layer is not None and (not isinstance(layer, int) or not 0 <= layer < shape.n_layers):
-            raise IndexError(f"steering layer {layer!r} is out of range: layers are 0..{shape.n_layers - 1}")
+    check_fits(model, vector, "the steering vector")
+    if steering.layers is None or not (each := _several(steering.layers)):
+        raise TypeError(f"steering layers must be an int, or a list of one a row, got {steering.layers!r}")
+    layers = [None if given is None else as_int(given) for given in each]
+    for given, layer in zip(each, layers, strict=True):
+        if given is not None and (layer is None or not 0 <= layer < shape.n_layers):
+            raise IndexError(f"steering layer {given!r} is out of range: layers are 0..{shape.n_layers - 1}")
+    return Steering(vector, layers if as_int(steering.layers) is None else layers[0])  # type: ignore[arg-type]
 
 
-def read_positions(positions: int | Sequence[int]) -> tuple[int, ...]:
-    at = (positions,) if isinstance(positions, int) else tuple(positions) if isinstance(positions, Sequence) else ()
-    if not at or not all(isinstance(p, int) and not isinstance(p, bool) for p in at):
+def read_positions(positions: Positions) -> tuple[int, ...]:
+    at = [as_int(position) for position in _several(positions)]
+    if not at or None in at:
         raise TypeError(f"positions must be an int or a list of ints, got {positions!r}")
-    return at
+    return tuple(at)  # type: ignore[arg-type]
+
+
+def _several(given: Any) -> list[Any]:
+    """What a sequence or an array holds; of anything else a list."""
+    given = read_tensor(given, "integers")
+    given = given.tolist() if isinstance(given, Tensor) else given
+    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def read_heads(shape: Shape, heads: Heads) -> Bool[Tensor, "rows layers heads"]:
     n_layers, n_heads = shape.n_layers, shape.n_heads
     if heads is None:
         return torch.zeros(1, n_layers, n_heads, dtype=torch.bool)
+    heads = read_tensor(heads, "heads")
+    if isinstance(heads, Tensor) and heads.dtype != torch.bool and heads.shape[1:] == (2,) and n_heads != 2:
+        heads = heads.tolist()  # pairs, as `mask.nonzero()` gives them
     if not isinstance(heads, Tensor):
         if not isinstance(heads, Iterable):
             raise TypeError(f"heads must be a bool mask or a list of (layer, head), got {heads!r}")
@@ -157,7 +188,7 @@ def _mask_of_pairs(shape: Shape, pairs: list[Any]) -> Bool[Tensor, "layers heads
     mask = torch.zeros(shape.n_layers, shape.n_heads, dtype=torch.bool)
     for pair in pairs:
         try:
-            layer, head = (index(i) for i in pair)
+            layer, head = (read_int(i, "a number", None) for i in pair)
         except (TypeError, ValueError):
             raise TypeError(f"heads must be a bool mask or a list of (layer, head), got {pair!r} in the list") from None
         if not 0 <= layer < shape.n_layers:
@@ -170,7 +201,8 @@ def _mask_of_pairs(shape: Shape, pairs: list[Any]) -> Bool[Tensor, "layers heads
     return mask
 
 
-def read_values(shape: Shape, values: Tensor | None, mask: Bool[Tensor, "rows layers heads"]) -> Tensor:
+def read_values(model: Model, values: Values, mask: Bool[Tensor, "rows layers heads"]) -> Tensor:
+    shape, values = model.shape, read_tensor(values, "values")
     one = (shape.n_layers, shape.n_heads, shape.head_dim)
     if values is None:
         if mask.any():
@@ -186,4 +218,15 @@ def read_values(shape: Shape, values: Tensor | None, mask: Bool[Tensor, "rows la
     if not values.isfinite().all():
         layer, head = (int(i) for i in (~values.isfinite()).nonzero()[0][-3:-1])
         raise ValueError(f"values must be finite, got NaN or inf (first at layer {layer}, head {head})")
+    check_fits(model, values, "values")
     return values
+
+
+def check_fits(model: Model, given: Tensor, what: str) -> None:
+    """Raises ValueError for numbers that are finite, but not in the model's dtype."""
+    most = torch.finfo(model.dtype).max
+    if torch.finfo(given.dtype).max > most and (largest := given.detach().abs().max()).to(model.dtype).isinf():
+        raise ValueError(
+            f"{what} must be finite in {model.dtype}, the dtype of {model.name}, whose greatest number is {most:.5g}: "
+            f"got {largest:.5g}"
+        )

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from models.reading import as_int
 from models.shapes import Float
 
 Metric: TypeAlias = Literal["probability", "log_probability", "logit_difference", "rank", "kl"]
@@ -90,7 +91,7 @@ def read_metric(
     """
     if callable(metric):
         return _own(metric)
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"metric must be one of {get_args(Metric)} or a function of the logits, got {metric!r}")
     if metric == "kl":
         return kl
@@ -141,7 +142,7 @@ def _check_tokens(metric: str, name: str, tokens: Sequence[int] | None, prompts:
     if len(tokens) != prompts:
         raise ValueError(f"{name} must be one token a prompt: got {len(tokens)} for {prompts} prompts")
     for i, token in enumerate(tokens):
-        if not isinstance(token, int) or isinstance(token, bool):
+        if as_int(token) is None:
             raise TypeError(f"{name} must be token ids, got {token!r} for prompt {i}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"token {token} in {name}, of prompt {i}, lies outside the vocabulary of {vocab_size}")

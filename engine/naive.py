@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.intervention import Heads, Mode, Patch, Steering, read_patch
+from engine.intervention import Heads, Mode, Patch, Positions, Steering, Values, read_patch
 from engine.prefix import Prefix, Prompts, as_prefixes, patched_positions
 from models import Edit, Model, Steer
 from models.shapes import Float
@@ -18,8 +18,8 @@ def patch(
     prompt: Prompts,
     *,
     heads: Heads = None,
-    values: Tensor | None = None,
-    positions: int | Sequence[int] = -1,
+    values: Values = None,
+    positions: Positions = -1,
     mode: Mode = "replace",
     steering: Steering | None = None,
     strategy: str = "naive",
@@ -30,7 +30,7 @@ def patch(
     """
     if strategy != "naive":
         raise ValueError(f"engine.naive.patch has one strategy, 'naive', got {strategy!r}")
-    checked = read_patch(model.shape, heads, values, positions, mode, steering)
+    checked = read_patch(model, heads, values, positions, mode, steering)
     several, prompts = as_prefixes(model, prompt)
     for one in prompts:
         patched_positions(checked, one)  # before anything runs

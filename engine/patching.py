@@ -8,12 +8,13 @@ from torch import Tensor
 
 from engine.capabilities import known
 from engine.checking import able, of_kinds
-from engine.intervention import Heads, Mode, Steering, read_patch
+from engine.intervention import Heads, Mode, Positions, Steering, Values, read_patch
 from engine.planning import Plan, Request, Strategy, make_plan
 from engine.prefix import Prefix, Prompts, as_prefix, as_prefixes, patched_positions, why_not_split
 from engine.runner import run
 from models import Model, PromptLike
-from models.shapes import Float
+from models.reading import read_int
+from models.shapes import Float, Integer
 
 
 def patch(
@@ -21,8 +22,8 @@ def patch(
     prompt: Prompts,
     *,
     heads: Heads = None,
-    values: Tensor | None = None,
-    positions: int | Sequence[int] = -1,
+    values: Values = None,
+    positions: Positions = -1,
     mode: Mode = "replace",
     steering: Steering | None = None,
     strategy: Strategy = "auto",
@@ -39,8 +40,8 @@ def patch(
                "expanded", "batch" and "naive" are used as named, or refused.
 
     Returns Float[R, vocab] in the model's dtype, or Float[N, R, vocab] for a list of N prompts. Differentiable with
-    respect to `values` if they require a gradient. Raises TypeError, ValueError, IndexError or UnsupportedModelError
-    before anything is computed.
+    respect to `values` if they require a gradient. Integers and arrays may be numpy's. Raises TypeError, ValueError,
+    IndexError or UnsupportedModelError before anything is computed.
 
     Source: z of the last token replaced head by head as in Multimodal Task Vectors (arXiv 2406.15334), section 3.
 
@@ -48,7 +49,7 @@ def patch(
     >>> logits.shape == (1, model.shape.vocab_size)
     True
     """
-    checked = read_patch(model.shape, heads, values, positions, mode, steering)
+    checked = read_patch(model, heads, values, positions, mode, steering)
     several, prompts = as_prefixes(model, prompt)
     at = [patched_positions(checked, p) for p in prompts]
     entry = checked.first_layers()
@@ -61,8 +62,8 @@ def plan(
     model: Model,
     prompt: PromptLike | Prefix,
     *,
-    rows: int = 1,
-    positions: int | Sequence[int] = -1,
+    rows: Integer = 1,
+    positions: Positions = -1,
     strategy: Strategy = "auto",
 ) -> Plan:
     """What `patch` would do with `rows` rows of this prompt, and why; nothing is computed.
@@ -70,9 +71,9 @@ def plan(
     >>> print(engine.plan(model, "Q: hot\\nA:", rows=32))
     packed: 32 rows of 6 tokens, 5 of them shared; 37 tokens computed in 1 pass (naive: 192); rows differ only from ...
     """
-    checked = read_patch(model.shape, None, None, positions)
+    checked = read_patch(model, None, None, positions)
     ready = as_prefix(model, prompt)
-    asked = request(ready, rows, patched_positions(checked, ready))
+    asked = request(ready, read_int(rows, "rows"), patched_positions(checked, ready))
     return make_plan(model.shape, known(model, bool(ready.prompt.inputs)).can, asked, strategy)
 
 

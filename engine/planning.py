@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from models import Capabilities, Shape, UnsupportedModelError
+from models.reading import read_int
 
 Strategy: TypeAlias = Literal["auto", "layered", "packed", "expanded", "batch", "naive"]
 
@@ -85,8 +86,7 @@ def make_plan(shape: Shape, can: Capabilities, asked: Request, strategy: Strateg
     n_tokens, n_rows = asked.n_tokens, asked.n_rows
     if strategy not in get_args(Strategy):
         raise ValueError(f"strategy must be one of {get_args(Strategy)}, got {strategy!r}")
-    if not isinstance(n_rows, int) or n_rows < 1:
-        raise ValueError(f"rows must be a positive integer, got {n_rows!r}")
+    n_rows = read_int(n_rows, "rows")
     if refused := asked.why_not(strategy, can):
         raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {refused}")
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from engine.capabilities import known
-from engine.intervention import Patch, read_patch
+from engine.intervention import Patch, Positions, check_model, read_patch
 from models import Capabilities, Encoded, KeyValues, Model, PromptLike, UnsupportedModelError
+from models.reading import as_int
 from models.shapes import Int
 
 GROUP_TOKENS = 1024  # of the neighbours in a pool that are computed together
@@ -57,6 +58,7 @@ Prompts: TypeAlias = "PromptLike | Prefix | Sequence[PromptLike | Prefix]"
 
 def as_prefix(model: Model, prompt: PromptLike | Prefix) -> Prefix:
     """A prompt encoded, nothing of it computed yet; or a prefix that is this model's own."""
+    check_model(model)
     if not isinstance(prompt, Prefix):
         return Prefix(model.read(prompt), KeyValues(), model)
     if prompt.model is not model:
@@ -70,12 +72,12 @@ def as_prefix(model: Model, prompt: PromptLike | Prefix) -> Prefix:
 
 def as_prefixes(model: Model, prompt: Prompts) -> tuple[bool, list[Prefix]]:
     """Whether several prompts were given (a list of integers is one prompt), and each of them encoded."""
-    if isinstance(prompt, (list, tuple)) and not all(isinstance(token, int) for token in prompt):
-        return True, [as_prefix(model, one) for one in prompt]
+    if type(prompt) in (list, tuple) and None in map(as_int, prompt):  # type: ignore[arg-type]
+        return True, [as_prefix(model, one) for one in prompt]  # type: ignore[arg-type,union-attr]
     return False, [as_prefix(model, prompt)]  # type: ignore[arg-type]
 
 
-def prefill(model: Model, prompt: PromptLike, positions: int | Sequence[int] = -1) -> Prefix:
+def prefill(model: Model, prompt: PromptLike, positions: Positions = -1) -> Prefix:
     """Compute a prompt up to the first of `positions` (default: all but its last token), to be patched many times.
 
     Raises ValueError for an empty or too long prompt, IndexError for a position outside it.
@@ -85,7 +87,7 @@ def prefill(model: Model, prompt: PromptLike, positions: int | Sequence[int] = -
     1
     """
     whole = as_prefix(model, prompt)
-    first = read_patch(model.shape, None, None, positions).at(len(whole.tokens))[0]
+    first = read_patch(model, None, None, positions).at(len(whole.tokens))[0]
     refuse_split(whole, first, known(model, bool(whole.prompt.inputs)).can)
     from engine.checking import able  # which runs prefixes
 

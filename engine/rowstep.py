@@ -7,19 +7,19 @@ pass costs what its kernels cost: about reading the weights.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from engine.intervention import Heads, Mode, Patch, read_patch, read_positions
+from engine.intervention import Heads, Mode, Patch, Positions, Values, check_model, read_patch, read_positions
 from engine.ops import edit_heads
 from engine.patching import decide, request
 from engine.prefix import Prefix, as_prefix, compute
 from engine.runner import contiguous
 from models import KeyValues, Model, PromptLike, Segment, UnsupportedModelError
-from models.shapes import Float
+from models.reading import read_int
+from models.shapes import Float, Integer
 
 SAME = 1e-6  # of the largest logit: a replay runs the very kernels of the plain pass
 Impl: TypeAlias = Literal["auto", "graph", "eager"]
@@ -49,17 +49,17 @@ class RowStep:
     def __init__(
         self,
         model: Model,
-        rows: int = 32,
-        context: int = 1024,
+        rows: Integer = 32,
+        context: Integer = 1024,
         *,
-        positions: int | Sequence[int] = -1,
+        positions: Positions = -1,
         mode: Mode = "replace",
         impl: Impl = "auto",
     ):
+        check_model(model)
         if impl not in get_args(Impl):
             raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
-        if rows < 1 or context < 1:
-            raise ValueError(f"expected rows >= 1 and context >= 1, got rows={rows}, context={context}")
+        rows, context = read_int(rows, "rows"), read_int(context, "context")
         if refused := model.rules().packed:
             raise UnsupportedModelError(f"rows of {model.name} cannot be packed: {refused}")
         at = read_positions(positions)
@@ -88,15 +88,13 @@ class RowStep:
         self._logits: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(
-        self, prompt: PromptLike | Prefix, *, heads: Heads, values: Tensor | None
-    ) -> Float[Tensor, "rows vocab"]:
+    def __call__(self, prompt: PromptLike | Prefix, *, heads: Heads, values: Values) -> Float[Tensor, "rows vocab"]:
         """Last-token logits of every row; a prompt that is not a computed `Prefix` is computed first.
 
         Raises ValueError for another number of rows than the step was made for, a prefix longer than its buffers, or
         one that holds nothing; else as `engine.patch`.
         """
-        patch = read_patch(self.model.shape, heads, values, self.positions, self.mode)
+        patch = read_patch(self.model, heads, values, self.positions, self.mode)
         if patch.n_rows != self.rows:
             raise ValueError(f"the step was made for {self.rows} rows, got {patch.n_rows}")
         prefix = as_prefix(self.model, prompt)

@@ -15,50 +15,53 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.activations import capture
-from engine.artifacts import load_tensors, save_tensors
+from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.checking import able
 from engine.distributed import ALONE, World, digest, identity
 from engine.effects import Effects
-from engine.intervention import Mode, read_patch, read_values
+from engine.intervention import Mode, Positions, read_patch, read_values
 from engine.metrics import Metric, MetricFunction, read_metric
 from engine.patching import patch
 from engine.prefix import Prefix, as_prefix, compute, patched_positions, shareable
 from engine.progress import track
-from engine.tasks.scoring import Example, first_token
+from engine.tasks.scoring import Example, ExampleLike, as_example, first_token
 from models import Model, PromptLike
-from models.shapes import Bool, Float
+from models.reading import as_int, read_seed, read_tensor, tokenise
+from models.shapes import Bool, Float, Integer
 
 Ablation: TypeAlias = Literal["zero", "mean", "resample"]
-Groups: TypeAlias = "Mapping[str, Bool[Tensor, 'layers heads']] | Literal['heads', 'layers']"
+Groups: TypeAlias = Mapping[str, Tensor | np.ndarray] | Literal["heads", "layers"]
+Tokens: TypeAlias = Sequence[Integer | str] | Tensor | np.ndarray | None
 
 
 def sweep(
     model: Model,
-    prompts: Sequence[PromptLike | Example],
-    values: Tensor | Ablation | None = None,
+    prompts: Sequence[PromptLike | ExampleLike],
+    values: Tensor | np.ndarray | Ablation | None = None,
     *,
     source: Sequence[PromptLike] | None = None,
     metric: Metric | Callable[[Tensor], Tensor] = "probability",
-    targets: Sequence[int | str] | None = None,
-    others: Sequence[int | str] | None = None,
+    targets: Tokens = None,
+    others: Tokens = None,
     groups: Groups = "heads",
-    positions: int | Sequence[int] = -1,
+    positions: Positions = -1,
     mode: Mode = "replace",
-    memory: int | None = None,
-    seed: int = 0,
+    memory: Integer | None = None,
+    seed: Integer = 0,
     checkpoint: str | Path | None = None,
     world: World = ALONE,
     progress: bool = True,
 ) -> Effects:
     """The effect of patching each head alone, on every prompt: L x H rows a prompt, for a few forwards' work.
 
-    prompts:   what is patched; an `Example` brings its target.
+    prompts:   what is patched; an `Example`, or a plain (prompt, answer) pair, brings its target.
     values:    Float[L, H, D] for all prompts, or Float[N, L, H, D], one set a prompt; or an ablation: "zero"; "mean" of
                the prompts' own activations; "resample", those of another of the prompts, drawn by `seed`.
     source:    in place of values, a prompt for each prompt: its activations, at the same position, are patched in, and
@@ -218,18 +221,19 @@ class Asked:
 
 def read(
     model: Model,
-    prompts: Sequence[PromptLike | Example],
-    values: Tensor | Ablation | None,
+    prompts: Sequence[PromptLike | ExampleLike],
+    values: Tensor | np.ndarray | Ablation | None,
     source: Sequence[PromptLike] | None,
     metric: Metric | Callable[[Tensor], Tensor],
-    targets: Sequence[int | str] | None,
-    others: Sequence[int | str] | None,
-    positions: int | Sequence[int],
+    targets: Tokens,
+    others: Tokens,
+    positions: Positions,
     mode: Mode = "replace",
-    seed: int = 0,
+    seed: Integer = 0,
 ) -> Asked:
     """The arguments of `sweep`, checked; nothing has run. Raises ValueError, TypeError or IndexError."""
-    where = read_patch(model.shape, None, None, positions, mode)
+    where, seed = read_patch(model, None, None, positions, mode), read_seed(seed)
+    values = cast("Tensor | Ablation | None", read_tensor(values, "values"))
     given, targets = _read_prompts(prompts, targets)
     ready = [as_prefix(model, prompt) for prompt in given]
     target_ids = read_tokens(model, given, targets, "targets")
@@ -246,40 +250,38 @@ def read(
         if values.ndim == 4 and len(values) != len(ready):
             raise ValueError(f"values must be one set, or one for each of {len(ready)} prompts: got {len(values)}")
         for some in values if values.ndim == 4 else [values]:
-            read_values(model.shape, some, where.heads)
+            read_values(model, some, where.heads)
     elif values is not None and values not in get_args(Ablation):
         raise ValueError(f"values must be a tensor or one of {get_args(Ablation)}, got {values!r:.80}")
     if values == "resample" and len(ready) < 2:
         raise ValueError("'resample' takes activations of another prompt: give two at least")
     name = metric if isinstance(metric, str) else "custom"
-    several = not isinstance(positions, int)
+    several = as_int(positions) is None
     at = where.positions
     return Asked(model, ready, sources, values, at, several, name, function, target_ids, other_ids, seed)
 
 
-def _read_prompts(
-    prompts: Sequence[PromptLike | Example], targets: Sequence[int | str] | None
-) -> tuple[list[PromptLike], Sequence[int | str] | None]:
+def _read_prompts(prompts: Sequence[PromptLike | ExampleLike], targets: Tokens) -> tuple[list[PromptLike], Tokens]:
     if isinstance(prompts, (str, Example)) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"expected a list of prompts, got {prompts!r:.80}")
-    examples = [isinstance(one, Example) for one in prompts]
-    if any(examples):
-        if not all(examples) or targets is not None:
+    examples = [example for one in prompts if (example := as_example(one)) is not None]
+    if examples:
+        if len(examples) < len(prompts) or targets is not None:
             raise ValueError("prompts must be all Examples, which bring their targets, or none of them")
-        return [one.prompt for one in prompts], [one.answer for one in prompts]  # type: ignore[union-attr]
+        return [one.prompt for one in examples], [one.answer for one in examples]
     return list(prompts), targets  # type: ignore[arg-type]
 
 
-def read_tokens(
-    model: Model, prompts: Sequence[PromptLike], tokens: Sequence[int | str] | None, what: str
-) -> list[int] | None:
+def read_tokens(model: Model, prompts: Sequence[PromptLike], tokens: Tokens, what: str) -> list[int] | None:
     """A token id a prompt; of text the first token, as it follows the prompt. Warns where text has several."""
     if tokens is None:
         return None
+    tokens = read_tensor(tokens, what)
+    tokens = tokens.tolist() if isinstance(tokens, Tensor) else tokens
     if isinstance(tokens, str) or not isinstance(tokens, Sequence) or len(tokens) != len(prompts):
         raise ValueError(f"{what} must be a token for each of {len(prompts)} prompts, got {tokens!r:.80}")
     for n, token in enumerate(tokens):
-        if not isinstance(token, (int, str)) or isinstance(token, bool):
+        if not isinstance(token, str) and as_int(token) is None:
             raise TypeError(f"{what} must be text or token ids, got {token!r} for prompt {n}")
     found = [first_token(model, Example(*pair)) for pair in zip(prompts, tokens, strict=True)]
     longer = [text for text in tokens if isinstance(text, str) and _n_tokens(model, text) > 1]
@@ -290,26 +292,27 @@ def read_tokens(
 
 
 def _n_tokens(model: Model, text: str) -> int:
-    return len(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(tokenise(text, model.tokenizer, add_special_tokens=False))
 
 
 def read_groups(model: Model, groups: Groups) -> tuple[Bool[Tensor, "units layers heads"], list[str] | None]:
     """The masks, in order, and their names; single heads have none."""
     shape = (model.shape.n_layers, model.shape.n_heads)
-    if groups == "heads":
+    if isinstance(groups, str) and groups == "heads":
         return torch.eye(shape[0] * shape[1], dtype=torch.bool).unflatten(1, shape), None
-    if groups == "layers":
+    if isinstance(groups, str) and groups == "layers":
         from engine.groups import layers
 
         groups = layers(model)
     if not isinstance(groups, Mapping):
         raise ValueError(f"groups must be 'heads', 'layers' or masks by name, got {groups!r:.80}")
-    for name, mask in groups.items():
+    masks = {name: read_tensor(mask, f"group {name!r}") for name, mask in groups.items()}
+    for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(f"group {name!r} must be a bool mask {list(shape)}, got {mask!r:.80}")
     if not groups:
         raise ValueError("no groups were given")
-    return torch.stack(list(groups.values())).cpu(), list(groups)
+    return torch.stack(list(masks.values())).cpu(), list(masks)
 
 
 def _read_source(
@@ -347,10 +350,10 @@ class Budget:
     layer at a time, or of all if a graph is kept.
     """
 
-    def __init__(self, model: Model, memory: int | None, graph: bool = False):
-        if memory is not None and (not isinstance(memory, int) or memory < 1):
+    def __init__(self, model: Model, memory: Integer | None, graph: bool = False):
+        if memory is not None and (as_int(memory) or 0) < 1:
             raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
-        self.bytes = memory or free_bytes(model.device) // 8
+        self.bytes = as_int(memory) or free_bytes(model.device) // 8
         shape, size = model.shape, model.dtype.itemsize
         layers = shape.n_layers if graph else 1
         self._row = shape.vocab_size * (size + 2 * max(4, size))
@@ -425,7 +428,7 @@ def _scores(
 
 def _resume(mark: Path | None, part: dict[str, Any], found: Mapping[str, Tensor]) -> int:
     """How many prompts a checkpoint brings, read into the tensors."""
-    if mark is None or not mark.exists():
+    if mark is None or can_begin(mark):
         return 0
     tensors, saved = load_tensors(mark, ("clean",))
     expected = json.loads(json.dumps(part))

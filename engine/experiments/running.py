@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from engine import plots
 from engine.artifacts import TaskVector, write_whole
 from engine.evaluation import wilson
@@ -17,6 +19,7 @@ from engine.experiments import report
 from engine.experiments.paper import EXPERIMENTS, FOUR, baselines, main
 from engine.experiments.setting import ANSWER_TOKENS, AnyTask, Options, Record, Setting
 from engine.generation import generate
+from engine.intervention import check_model
 from engine.methods import mtv
 from models import Model
 
@@ -113,10 +116,13 @@ def run(
     >>> [record["way"] for record in results.records]
     ['zero-shot', '1-shot ICL', 'zero-shot + MTV', 'zero-shot + random heads']
     """
+    if isinstance(model, nn.Module):  # which can be called, too
+        check_model(model)
     options, folder = options or Options(), Path(folder)
     _check(name, tasks, options)
     folder.mkdir(parents=True, exist_ok=True)
     opened = model() if callable(model) and not isinstance(model, Model) else model
+    check_model(opened)
     records: list[Record] = []
     samples: dict[str, list[dict[str, str]]] = {}
     for task in tasks:

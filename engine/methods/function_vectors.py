@@ -17,17 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.activations import mean_activations
-from engine.artifacts import load_tensors, save_tensors
+from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.effects import Effects
-from engine.intervention import Steering, read_values
+from engine.intervention import Steering, Values, check_model, read_heads, read_values
 from engine.sweeping import sweep
-from engine.tasks.scoring import Example, first_token_hits
+from engine.tasks.scoring import ExampleLike, check_examples, first_token_hits, read_examples
 from models import Model, PromptLike
-from models.shapes import Bool, Float
+from models.reading import read_int
+from models.shapes import Bool, Float, Integer
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class FunctionVector:
     heads: list[tuple[int, int]]
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def after(self, layer: int) -> Steering:
+    def after(self, layer: Integer) -> Steering:
         """Added after this layer; what `steering=` takes."""
         return Steering(self.vector, layer)
 
@@ -60,10 +62,10 @@ class FunctionVector:
 def extract(
     model: Model,
     clean: Sequence[PromptLike],
-    shuffled: Sequence[Example],
+    shuffled: Sequence[ExampleLike],
     *,
-    k: int = 10,
-    means: Float[Tensor, "layers heads head_dim"] | None = None,
+    k: Integer = 10,
+    means: Values = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[FunctionVector, Effects]:
@@ -81,9 +83,14 @@ def extract(
     >>> vector.vector.shape == (model.shape.d_model,), len(vector.heads)
     (True, 2)
     """
+    check_model(model)
+    k, shuffled = read_int(k, "k", None), read_examples(shuffled, "shuffled examples")
     n_heads = model.shape.n_layers * model.shape.n_heads
     if not 1 <= k <= n_heads:
         raise ValueError(f"k must lie between 1 and the {n_heads} heads of {model.name}, got {k}")
+    check_examples(model, shuffled)  # before the means
+    if checkpoint is not None:
+        can_begin(checkpoint)
     if means is None:
         means = mean_activations(model, clean, progress=progress)
     effects = sweep(model, shuffled, means, metric="probability", checkpoint=checkpoint, progress=progress)
@@ -92,29 +99,30 @@ def extract(
     return FunctionVector(compose(model, means, heads), heads, metadata), effects
 
 
-def compose(
-    model: Model, means: Float[Tensor, "layers heads head_dim"], heads: Sequence[tuple[int, int]]
-) -> Float[Tensor, " d_model"]:
+def compose(model: Model, means: Values, heads: Sequence[tuple[Integer, Integer]]) -> Float[Tensor, " d_model"]:
     """Sum over heads of W_O[l, h] mu[l, h], in float32.
 
     >>> engine.fv.compose(model, means, [(1, 0), (2, 3)]).shape == (model.shape.d_model,)
     True
     """
+    check_model(model)
     shape = (model.shape.n_layers, model.shape.n_heads)
-    means = read_values(model.shape, means, torch.ones(1, *shape, dtype=torch.bool))
+    means = read_values(model, means, torch.ones(1, *shape, dtype=torch.bool))
     total = torch.zeros(model.shape.d_model)
-    for layer, head in heads:
+    read_heads(model.shape, heads)
+    for layer, head in ((int(layer), int(head)) for layer, head in heads):
         total += model.project(layer, means[layer])[head].detach().float().cpu()
     return total
 
 
 def hits_by_layer(
-    model: Model, examples: Sequence[Example], vector: Float[Tensor, " d_model"]
+    model: Model, examples: Sequence[ExampleLike], vector: Float[Tensor, " d_model"] | np.ndarray
 ) -> Bool[Tensor, "examples layers_and_none"]:
     """Whether the first token is right with the vector added after each layer, and, last, without it: one row each.
 
     >>> engine.fv.hits_by_layer(model, [Example("Q: hot\\nA:", " c")], torch.zeros(model.shape.d_model)).shape[1]
     31
     """
+    check_model(model)
     layers = [*range(model.shape.n_layers), None]
     return first_token_hits(model, examples, steering=Steering(vector, layers))

@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -35,15 +38,16 @@ from engine.artifacts import TaskVector
 from engine.checking import able
 from engine.distributed import ALONE, LostRankError, World, digest
 from engine.distributed import identity as model_identity
-from engine.intervention import read_values
+from engine.intervention import Values, check_model, read_values
 from engine.methods.estimators import BY_GATES, ESTIMATORS, Estimator, gate_gradients
 from engine.methods.search import PRESETS, Preset, Search, read_checkpoint
 from engine.prefix import Prefix, PrefixPool
 from engine.progress import track
 from engine.rowstep import RowStep
-from engine.tasks.scoring import AT_ONCE, Example, first_token, first_token_losses
+from engine.tasks.scoring import AT_ONCE, Example, ExampleLike, first_token, first_token_losses, read_examples
 from models import Model
-from models.shapes import Bool, Float
+from models.reading import read_int, read_seed
+from models.shapes import Bool, Float, Integer
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,20 @@ class Step:
 
 def extract(
     model: Model,
-    examples: Sequence[Example],
-    means: Float[Tensor, "layers heads head_dim"],
+    examples: Sequence[ExampleLike],
+    means: Values,
     *,
     preset: str = "reference",
-    steps: int | None = None,
+    steps: Integer | None = None,
     estimator: Estimator = "reinforce",
-    rollouts: int | None = None,
-    prompts_per_step: int = 1,
-    lr: float = 0.1,
-    seed: int = 0,
-    validation: Sequence[Example] | None = None,
+    rollouts: Integer | None = None,
+    prompts_per_step: Integer = 1,
+    lr: float | np.floating[Any] = 0.1,
+    seed: Integer = 0,
+    validation: Sequence[ExampleLike] | None = None,
     checkpoint: str | Path | None = None,
-    checkpoint_every: int = 10,
-    at_once: int | None = None,
+    checkpoint_every: Integer = 10,
+    at_once: Integer | None = None,
     progress: bool = True,
     on_step: Callable[[Step], None] | None = None,
     world: World = ALONE,
@@ -112,22 +116,28 @@ def extract(
     >>> vector.mask.shape == (model.shape.n_layers, model.shape.n_heads)
     True
     """
+    check_model(model)
+    prompts_per_step = read_int(prompts_per_step, "prompts_per_step", None)
+    checkpoint_every, seed = read_int(checkpoint_every, "checkpoint_every", None), read_seed(seed)
+    at_once = None if at_once is None else read_int(at_once, "at_once", None)
     chosen, steps, rollouts = read_options(
         preset, steps, rollouts, lr, at_once, world, estimator=estimator, prompts_per_step=prompts_per_step
     )
     by_gates = estimator in BY_GATES
     if checkpoint_every < 1:
         raise ValueError(f"expected checkpoint_every >= 1, got checkpoint_every={checkpoint_every}")
-    if not examples:
-        raise ValueError("no examples were given")
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step must be a function of a Step, got {on_step!r}")
+    lr, examples = float(lr), read_examples(examples)
+    choosing = read_examples(validation, "validation examples") if validation else []
     shape = (model.shape.n_layers, model.shape.n_heads)
-    means = read_values(model.shape, means, torch.ones(1, *shape, dtype=torch.bool))
+    means = read_values(model, means, torch.ones(1, *shape, dtype=torch.bool))
     if means.ndim != 3:
         raise ValueError(f"means must have shape {[*shape, model.shape.head_dim]}, got {list(means.shape)}")
     targets = [first_token(model, example) for example in examples]
     pool = PrefixPool(model, [example.prompt for example in examples])
     # What is wrong with the validation examples is said now, not after the search.
-    unseen = [[first_token(model, one), *model.encode(one.prompt).tolist()] for one in validation or ()]
+    unseen = [[first_token(model, one), *model.encode(one.prompt).tolist()] for one in choosing]
 
     settings: dict[str, Any] = dict(
         preset=preset, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step, lr=lr, seed=seed
@@ -180,7 +190,7 @@ def extract(
             if on_step:
                 rate, p = each / (time.perf_counter() - started), search.probabilities()
                 on_step(Step(search.step, steps, search.losses[-1], p.sum().item(), rate, p))
-        mask, validation_loss = _choose(model, search, means, examples, targets, pool, validation, world)
+        mask, validation_loss = _choose(model, search, means, examples, targets, pool, choosing, world)
     except LostRankError as error:
         where = f"{kept} are in {checkpoint}: the same call goes on from there" if kept else "none are in a checkpoint"
         raise LostRankError(f"{error}; of {search.step} steps made {where}") from error
@@ -200,9 +210,9 @@ def extract(
 
 def read_options(
     preset: str,
-    steps: int | None,
-    rollouts: int | None = None,
-    lr: float = 0.1,
+    steps: Integer | None,
+    rollouts: Integer | None = None,
+    lr: float | np.floating[Any] = 0.1,
     at_once: int | None = None,
     world: World = ALONE,
     *,
@@ -210,18 +220,18 @@ def read_options(
     prompts_per_step: int = 1,
 ) -> tuple[Preset, int, int]:
     """The preset of that name, the number of steps and of rollouts. Raises ValueError for what cannot be run."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {preset!r}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {list(ESTIMATORS)}, got {estimator!r}")
     by_gates = estimator in BY_GATES
     chosen = PRESETS[preset]
-    steps = chosen.steps if steps is None else steps
-    rollouts = (1 if by_gates else 32) if rollouts is None else rollouts
+    steps = chosen.steps if steps is None else read_int(steps, "steps", None)
+    rollouts = (1 if by_gates else 32) if rollouts is None else read_int(rollouts, "rollouts", None)
     least = 1 if by_gates else 2
-    if steps < 1 or rollouts < least or not lr > 0:
+    if steps < 1 or rollouts < least or not isinstance(lr, Real) or not 0 < lr < math.inf:
         raise ValueError(
-            f"expected steps >= 1, rollouts >= {least}, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr}"
+            f"expected steps >= 1, rollouts >= {least}, lr > 0, got steps={steps}, rollouts={rollouts}, lr={lr!r}"
         )
     if estimator == "relaxed" and rollouts > 1:
         raise ValueError(f"estimator 'relaxed' draws no masks, all rollouts would be one: got rollouts={rollouts}")
@@ -323,7 +333,7 @@ def _choose(
     examples: Sequence[Example],
     targets: Sequence[int],
     pool: PrefixPool,
-    validation: Sequence[Example] | None,
+    validation: Sequence[Example],
     world: World,
 ) -> tuple[Bool[Tensor, "layers heads"], float]:
     """The candidate with the lowest mean loss on the validation examples, and that loss."""

@@ -22,8 +22,10 @@ from torch.nn.functional import normalize
 
 from engine.activations import capture
 from engine.artifacts import load_tensors, save_tensors
+from engine.intervention import check_model
 from models import Model, PromptLike
-from models.shapes import Float, Int
+from models.reading import as_int, read_tensor
+from models.shapes import Float, Int, Integer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,7 +63,7 @@ class SparseAttentionVectors:
     accuracies_: Float[Tensor, "layers heads"]
     means_: Float[Tensor, "classes kept head_dim"]
 
-    def __init__(self, model: Model, heads: int = 20) -> None:
+    def __init__(self, model: Model, heads: Integer = 20) -> None:
         self.model = model
         self.heads = heads
 
@@ -72,11 +74,13 @@ class SparseAttentionVectors:
         than the model has; TypeError for labels that are not all strings or all integers; as `engine.capture` for
         prompts; ValueError for activations that are not finite, naming the prompts.
         """
-        shape = self.model.shape
+        check_model(self.model)
+        shape, kept = self.model.shape, as_int(self.heads)
         n_heads = shape.n_layers * shape.n_heads
-        if not isinstance(self.heads, int) or not 1 <= self.heads <= n_heads:
+        if kept is None or not 1 <= kept <= n_heads:
             raise ValueError(f"heads must be a number from 1 to {n_heads}, all heads of the model, got {self.heads!r}")
-        labels = _read_labels(y, len(_read_prompts(X)))
+        X = _read_prompts(X)
+        labels = _read_labels(y, len(X))
         classes, numbers = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"a classifier needs at least two classes, got only {classes.tolist()}")
@@ -84,11 +88,11 @@ class SparseAttentionVectors:
         means = torch.stack([z[target == c].mean(dim=0) for c in range(len(classes))])  # [C, L, H, D]
         votes = _nearest(z.flatten(1, 2), means.flatten(1, 2))  # [N, L H]
         accuracies = (votes == target[:, None]).double().mean(dim=0)
-        kept = accuracies.sort(descending=True, stable=True).indices[: self.heads]
+        best = accuracies.sort(descending=True, stable=True).indices[:kept]
         self.classes_ = classes
-        self.heads_ = [divmod(i, shape.n_heads) for i in kept.tolist()]
+        self.heads_ = [divmod(i, shape.n_heads) for i in best.tolist()]
         self.accuracies_ = accuracies.float().view(shape.n_layers, shape.n_heads)
-        self.means_ = means.flatten(1, 2)[:, kept]
+        self.means_ = means.flatten(1, 2)[:, best]
         return self
 
     def predict(self, X: Prompts) -> NDArray[Any]:
@@ -107,7 +111,8 @@ class SparseAttentionVectors:
     def score(self, X: Prompts, y: Sequence[Any] | NDArray[Any]) -> float:
         """Share of prompts whose label is predicted. Raises as `predict`; ValueError for lengths that differ."""
         self._check_fitted()
-        labels = _read_labels(y, len(_read_prompts(X)))
+        X = _read_prompts(X)
+        labels = _read_labels(y, len(X))
         return float(np.mean(self.predict(X) == labels))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -200,6 +205,8 @@ def _nearest(
 def _read_prompts(X: Prompts) -> Any:
     if isinstance(X, str):
         raise TypeError("X must be a list of prompts, got one string")
+    if isinstance(X, Tensor) or (isinstance(X, np.ndarray) and X.dtype.kind == "f"):
+        X = read_tensor(X, "activations")
     prompts = X if isinstance(X, Tensor) else list(X)
     if not len(prompts):
         raise ValueError("no prompts were given")
@@ -207,11 +214,11 @@ def _read_prompts(X: Prompts) -> Any:
 
 
 def _read_labels(y: Any, n_prompts: int) -> NDArray[Any]:
-    given = list(y)
+    given = y.tolist() if isinstance(y, Tensor) else list(y)
     if len(given) != n_prompts:
         raise ValueError(f"X and y must be of one length, got {n_prompts} prompts and {len(given)} labels")
-    whole = all(isinstance(label, (int, np.integer)) and not isinstance(label, bool) for label in given)
-    if not whole and not all(isinstance(label, str) for label in given):
+    integers = [as_int(label) for label in given]
+    if None in integers and not all(isinstance(label, str) for label in given):
         kinds = sorted({type(label).__name__ for label in given})
         raise TypeError(f"labels must be all strings or all integers, got {', '.join(kinds)}")
-    return np.asarray(given)
+    return np.asarray(given if None in integers else integers)

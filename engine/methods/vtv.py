@@ -15,22 +15,25 @@ from collections.abc import Sequence
 
 from engine.activations import mean_activations
 from engine.artifacts import TaskVector
+from engine.intervention import check_model
 from engine.methods import mtv
-from engine.tasks.scoring import Example
+from engine.tasks.scoring import ExampleLike, check_examples, read_examples
 from models import Model
+from models.reading import read_int, read_seed
+from models.shapes import Integer
 
 ITERATIONS = 10
 
 
 def extract(
     model: Model,
-    examples: Sequence[Example],
+    examples: Sequence[ExampleLike],
     *,
-    iterations: int = ITERATIONS,
-    rollouts: int = 32,
+    iterations: Integer = ITERATIONS,
+    rollouts: Integer = 32,
     lr: float = 0.1,
-    seed: int = 0,
-    validation: Sequence[Example] | None = None,
+    seed: Integer = 0,
+    validation: Sequence[ExampleLike] | None = None,
     progress: bool = True,
 ) -> TaskVector:
     """Heads and means from a few one-shot prompts.
@@ -48,8 +51,13 @@ def extract(
     >>> engine.vtv.extract(model, examples, iterations=2, rollouts=4, progress=False).metadata["method"]
     'vtv'
     """
+    check_model(model)
+    iterations, examples = read_int(iterations, "iterations", None), read_examples(examples)
     if not 1 <= iterations <= len(examples):
         raise ValueError(f"expected iterations from 1 to {len(examples)}, the number of examples, got {iterations}")
+    mtv.read_options("reference", iterations, rollouts, lr)
+    seed, unseen = read_seed(seed), read_examples(validation, "validation examples") if validation else []
+    check_examples(model, [*examples, *unseen])  # before the means
     means = mean_activations(model, [example.prompt for example in examples[:iterations]], progress=progress)
     vector = mtv.extract(
         model, examples, means, steps=iterations, rollouts=rollouts, lr=lr, seed=seed, validation=validation,

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.tasks.scoring import Example
+from models.reading import read_int, read_seed
+from models.shapes import Integer
 
 DATA = Path(__file__).parent / "data"
 SHIPPED = ("antonyms", "past_tense")
@@ -42,10 +44,10 @@ class Task:
     name: str
     pairs: tuple[Pair, ...]
 
-    def split(self, seed: int = 0) -> Split:
+    def split(self, seed: Integer = 0) -> Split:
         """Half to train on, a fifth to validate, the rest to test; shuffled by the seed."""
         pairs = list(self.pairs)
-        random.Random(seed).shuffle(pairs)
+        random.Random(read_seed(seed)).shuffle(pairs)
         first, second = round(0.5 * len(pairs)), round(0.7 * len(pairs))
         return Split(pairs[:first], pairs[first:second], pairs[second:])
 
@@ -57,25 +59,31 @@ class Task:
         return Example(self.prompt(shots, query.input), f" {query.output}")
 
     def few_shot(
-        self, pairs: Sequence[Pair], shots: int, count: int, seed: int = 0, shuffled: bool = False
+        self, pairs: Sequence[Pair], shots: Integer, count: Integer, seed: Integer = 0, shuffled: bool = False
     ) -> list[Example]:
         """`count` prompts of `shots` demonstrations each; a query is never among its own demonstrations.
 
         shuffled: the demonstrations' answers are permuted, so that they do not show the task.
         """
+        shots, count = read_int(shots, "shots", 0), read_int(count, "count", 0)
         if len(pairs) <= shots:
             raise ValueError(
                 f"{shots} shots and a query need {shots + 1} pairs, task {self.name!r} has {len(pairs)} here"
             )
-        draw = random.Random(seed)
+        draw = random.Random(read_seed(seed))
         drawn = [draw.sample(list(pairs), shots + 1) for _ in range(count)]
         return [self.example(query, _shuffled(shots, draw) if shuffled else shots) for *shots, query in drawn]
 
     def queries(
-        self, pairs: Sequence[Pair], demonstrations: Sequence[Pair], shots: int, seed: int = 0, shuffled: bool = False
+        self,
+        pairs: Sequence[Pair],
+        demonstrations: Sequence[Pair],
+        shots: Integer,
+        seed: Integer = 0,
+        shuffled: bool = False,
     ) -> list[Example]:
         """Each of `pairs` as a query after `shots` demonstrations drawn from others; shuffled as in `few_shot`."""
-        draw = random.Random(seed)
+        shots, draw = read_int(shots, "shots", 0), random.Random(read_seed(seed))
         examples = []
         for query in pairs:
             others = [d for d in demonstrations if d != query]

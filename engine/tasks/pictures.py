@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from engine.tasks.scoring import Example
 from models import Prompt
 from models.interface import IMAGE
+from models.reading import read_int, read_seed
+from models.shapes import Integer
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class PictureTask:
     separator: str = "\n"
     instruction: str = ""
 
-    def split(self, seed: int = 0) -> Questions:
+    def split(self, seed: Integer = 0) -> Questions:
         """Seven in ten of the training pictures to search on, the rest to validate; each part shuffled by the seed."""
-        draw = random.Random(seed)
+        draw = random.Random(read_seed(seed))
         asked = sorted({question.pictures[-1] for question in self.train})
         draw.shuffle(asked)
         first = set(asked[: round(0.7 * len(asked))])
@@ -100,7 +102,7 @@ class PictureTask:
         return Example(Prompt(self.instruction + shown + query.text, tuple(images)), query.answer)
 
     def few_shot(
-        self, questions: Sequence[Question], shots: int, count: int, seed: int = 0, shuffled: bool = False
+        self, questions: Sequence[Question], shots: Integer, count: Integer, seed: Integer = 0, shuffled: bool = False
     ) -> list[Example]:
         """`count` prompts of `shots` demonstrations each, queries and demonstrations drawn from `questions`.
 
@@ -108,9 +110,10 @@ class PictureTask:
 
         Raises ValueError where there are too few questions about other pictures than a query's.
         """
+        shots, count = read_int(shots, "shots", 0), read_int(count, "count", 0)
         if not questions:
             raise ValueError(f"there are no questions here to draw from, task {self.name!r}")
-        draw = random.Random(seed)
+        draw = random.Random(read_seed(seed))
         return [
             self._after(draw.choice(questions), questions, shots, draw, shuffled, overlap=False) for _ in range(count)
         ]
@@ -119,8 +122,8 @@ class PictureTask:
         self,
         questions: Sequence[Question],
         demonstrations: Sequence[Question],
-        shots: int,
-        seed: int = 0,
+        shots: Integer,
+        seed: Integer = 0,
         shuffled: bool = False,
         overlap: bool = False,
     ) -> list[Example]:
@@ -130,7 +133,7 @@ class PictureTask:
 
         Raises ValueError as `few_shot`.
         """
-        draw = random.Random(seed)
+        shots, draw = read_int(shots, "shots", 0), random.Random(read_seed(seed))
         return [self._after(query, demonstrations, shots, draw, shuffled, overlap) for query in questions]
 
     def _after(
