@@ -96,7 +96,7 @@ class Patch:
 
 def check_model(model: Any) -> None:
     """Raises TypeError for a model that was not wrapped."""
-    if not hasattr(model, "packing_refused"):
+    if not hasattr(model, "rules"):
         kind = type(model).__name__
         raise TypeError(
             f"expected a model of models.load(...) or models.wrap(...), got {kind}: wrap it, models.wrap(hf)"

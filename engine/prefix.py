@@ -45,11 +45,14 @@ class Prefix:
         """Of the keys and values."""
         return self.cache.nbytes
 
+    def __copy__(self) -> Prefix:
+        return self
+
     def __deepcopy__(self, _: Any) -> Prefix:
         return self
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Prefix belongs to its model and is not pickled: pickle the prompt, and prefill it again")
+        raise TypeError("a prefix belongs to its model and is not pickled: pickle the prompt, and prefill again")
 
 
 # One prompt, or several as a list.

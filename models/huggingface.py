@@ -325,6 +325,7 @@ class HuggingFace:
         with (
             calling(self.hf, self.config, call),
             undisturbed(body.modules),
+            records(self.hf.config, self.config),
             remembered(body.remembering),
             eager(self._compiled or any(module._compiled_call_impl is not None for module in body.modules)),
             onednn_linear(self._linears),
@@ -351,7 +352,7 @@ class HuggingFace:
 
     def _logits(self, given: dict[str, Any]) -> Tensor:
         given = {key: value for key, value in given.items() if key in self._accepts}
-        return self.hf(**given, **({"return_dict": True} if "return_dict" in self._accepts else {})).logits
+        return self.hf(**given).logits
 
 
 def _embeddings(hf: nn.Module) -> Any:
@@ -376,6 +377,19 @@ def _of_others(function: Any) -> bool:
     return not isinstance(function, Passing) and not str(getattr(function, "__module__", "")).startswith(
         "transformers."
     )
+
+
+@contextmanager
+def records(*configs: Any) -> Iterator[None]:
+    """Within: models return records, not tuples (`config.return_dict`)."""
+    tuples = [config for config in configs if getattr(config, "return_dict", True) is False]
+    try:
+        for config in tuples:
+            config.return_dict = True
+        yield
+    finally:
+        for config in tuples:
+            config.return_dict = False
 
 
 @contextmanager
