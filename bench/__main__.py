@@ -26,6 +26,7 @@ from bench import pictures as pictures_case
 from bench import records as records_of
 from bench import report
 from bench import search as search_case
+from bench import survey as survey_case
 from bench import sweeps as sweeps_case
 from bench.cases import CASES
 from bench.machine import describe
@@ -227,8 +228,20 @@ def families(
     only: Annotated[str, typer.Option(help="Families, separated by commas; default all.")] = "",
     backends: Annotated[str, typer.Option(help="Backends, separated by commas.")] = ",".join(families_case.BACKENDS),
     write: Annotated[Path | None, typer.Option(help="A Markdown file for the table.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All of transformers' architectures that can be small.")] = False,
 ) -> None:
-    """Every family and strategy against naive (float32) and float64 (bfloat16), on tiny random models."""
+    """Every family and strategy against naive (float32) and float64 (bfloat16), on tiny random models.
+
+    --all: every architecture of transformers against plain hooked forwards, by the ways that `auto` takes.
+    """
+    if every:
+        looked = survey_case.survey(only.split(",") if only else ())
+        print(survey_case.markdown(looked))
+        out.print(survey_case.tally(looked))
+        if write:
+            write_whole(write, survey_case.markdown(looked))
+        _record("architectures", [asdict(one) for one in looked])
+        raise typer.Exit(not all(one.right for one in looked))
     found = families_case.measure(only.split(",") if only else None, backends.split(","))
     table = Table("family", *families_case.STRATEGIES, title="largest logit difference to naive (bf16: over naive's)")
     for one in dict.fromkeys((cell.family, cell.backend) for cell in found):

@@ -88,6 +88,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glmga": _SEES,
     "glm4v_moe": {"text_config": {"rope_parameters": {**_MROPE, "mrope_section": [1, 1, 0]}}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, **_MAMBA},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 6, "head_dim": 16},
     "paddleocr_vl": _SEES,
