@@ -203,10 +203,10 @@ HEAD = """# Architectures
 
 Made by `python -m bench families --all --write docs/architectures.md`: every architecture of transformers' mapping of
 causal language models and of image-text models, as a tiny random model on text, float32. Each is asked for rows of 2,
-4, then 30 tokens on one wrapped model, positions `[-3, -1]`, heads of the last layer, three lengths in one call, a prefix
-used again, captured z, and answers, all against plain hooked forwards of transformers' own model. The figure: the
-largest difference, as a share of the largest logit (or of 1, if that is smaller). Not built: transformers' own error,
-where its small model does not run on text alone.
+4, then 30 tokens on one wrapped model, positions `[-3, -1]`, heads of the last layer, three lengths in one call, a
+prefix used again, captured z, and answers, all against plain hooked forwards of transformers' own model. The figure:
+the largest difference, as a share of the largest logit (or of 1, if that is smaller). Not built: transformers' own
+error, where its small model does not run on text alone.
 """
 
 
