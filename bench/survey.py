@@ -63,6 +63,8 @@ def look(name: str) -> Finding:
 
 
 def _look(name: str, dtype: torch.dtype) -> Finding:
+    if name in architectures.WHY_NOT:
+        return Finding(name, "not built", architectures.WHY_NOT[name])
     try:
         hf = architectures.build(name, dtype)
         with torch.no_grad():

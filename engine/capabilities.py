@@ -22,9 +22,9 @@ class Established:
 _known: WeakKeyDictionary[Model, dict[bool, Established]] = WeakKeyDictionary()
 
 
-def known(model: Model, images: bool = False) -> Established:
-    """Renewed by the model's rules when anything changed that they, or results, depend on."""
-    state, found = model.state(), _known.setdefault(model, {}).get(images)
+def known(model: Model, images: bool = False, state: Hashable = None) -> Established:
+    """Renewed by the model's rules when anything changed that they, or results, depend on; state: if just asked for."""
+    state, found = state or model.state(), _known.setdefault(model, {}).get(images)
     return (
         found if found is not None and found.state == state else learn(model, images, Established(state, model.rules()))
     )

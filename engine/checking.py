@@ -58,7 +58,8 @@ def able(
 
 def of_kinds(model: Model, prompts: Sequence[Prefix]) -> dict[bool, Established]:
     """What is known of prompts without images, and with them, as far as there are such."""
-    return {images: known(model, images) for images in {bool(prompt.prompt.inputs) for prompt in prompts}}
+    state = next((prompt.state for prompt in prompts if len(prompt.cache)), None)  # which `as_prefix` has seen to hold
+    return {images: known(model, images, state) for images in {bool(prompt.prompt.inputs) for prompt in prompts}}
 
 
 def _established(

@@ -125,7 +125,10 @@ class HuggingFace:
         return [name or type(module).__name__ for name, module in self.hf.named_modules() if _foreign(module)]
 
     def rules(self) -> Capabilities:
-        body, state = self.body, self._config_state()
+        return self._ruled_of(self.body)
+
+    def _ruled_of(self, body: Anatomy) -> Capabilities:
+        state = self._config_state()
         if self._ruled[0] != state:
             self._ruled = state, self._rule(body)
         return self._ruled[1]
@@ -224,10 +227,12 @@ class HuggingFace:
         steer: Steer | None = None,
     ) -> Packed:
         layered = bool(segments[0].entry)
-        if refused := self.rules().why_not("layered" if layered else "packed"):
+        body = (
+            self._body if self._body.has_its_blocks() else self.body
+        )  # `state`, asked for by every verb, saw it whole
+        if refused := self._ruled_of(body).why_not("layered" if layered else "packed"):
             how = "come in layer by layer" if layered else "be packed"
             raise UnsupportedModelError(f"rows of {self.name} cannot {how}: {refused}")
-        body = self._body
         layout = Layout(segments, keep, body.shape.n_layers)
         n_segments, step = len(segments), max(1, layout.n_tokens)
         # The last token of every row. No index tensor: the last layer may be on another device than the tokens.

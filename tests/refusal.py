@@ -16,7 +16,7 @@ EXAMPLES = [Example("Q: hot\nA:", " cold"), Example("Q: big\nA:", " small")]
 
 def state(model):
     """Everything a call could leave behind in a model."""
-    modules = [(len(m._forward_pre_hooks), "forward" in m.__dict__, m.training) for m in model._modules]
+    modules = [(len(m._forward_pre_hooks), "forward" in m.__dict__, m.training) for m in model.body.modules]
     return modules, model.config._attn_implementation
 
 

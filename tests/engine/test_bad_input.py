@@ -118,15 +118,15 @@ def test_rows_of_a_plan(model, rows):
 
 def test_packed_rows_are_refused_where_they_are_not_exact():
     hf = zoo.tiny("llama")
-    hf.config.layer_types = ["full_attention", "chunked_attention", "full_attention"]
+    hf.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     model = models.wrap(hf, zoo.tiny_tokenizer())
-    with refused(model, models.UnsupportedModelError, "packed", "chunked_attention"):
+    with refused(model, models.UnsupportedModelError, "packed", "linear_attention"):
         engine.patch(model, "abc", heads=MASK, values=VALUES, strategy="packed")
-    with refused(model, models.UnsupportedModelError, "packed", "chunked_attention"):
+    with refused(model, models.UnsupportedModelError, "packed", "linear_attention"):
         engine.plan(model, "abc", strategy="packed")
-    with refused(model, models.UnsupportedModelError, "packed", "chunked_attention"):
+    with refused(model, models.UnsupportedModelError, "packed", "linear_attention"):
         engine.generate(model, "abc", heads=MASK, values=VALUES, strategy="packed")
-    with refused(model, models.UnsupportedModelError, "packed", "chunked_attention"):
+    with refused(model, models.UnsupportedModelError, "packed", "linear_attention"):
         model.pack([models.Segment(torch.tensor([1]), torch.tensor([[2]]))])
 
 

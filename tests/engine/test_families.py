@@ -37,7 +37,7 @@ def test_exact_or_refused(family):
 def unruly():
     """PaliGemma with the rule that refuses it taken away."""
     model = wrapped("paligemma")
-    model.rules = Capabilities
+    model._ruled_of = lambda body: Capabilities()
     return model
 
 
