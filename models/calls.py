@@ -81,3 +81,20 @@ class Hook(Passing):
 
     def __call__(self, *args: Any) -> Any:
         return self.function(*args) if current() is self.call else None
+
+
+def foreign_hooks_of(module: nn.Module) -> list[int]:
+    """What others have put on a module's forward: the keys of hooks, the id of another function."""
+    found = []
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        if hooks:
+            found += [key for key, hook in hooks.items() if _of_others(hook)]
+    instead = module.__dict__.get("forward")
+    return found if instead is None or not _of_others(instead) else [*found, id(instead)]
+
+
+def _of_others(function: Any) -> bool:
+    """Not ours, nor transformers' own, which look at outputs that are asked for."""
+    return not isinstance(function, Passing) and not str(getattr(function, "__module__", "")).startswith(
+        "transformers."
+    )

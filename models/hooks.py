@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -160,3 +161,23 @@ def remembered(modules: Sequence[nn.Module]) -> Iterator[None]:
             module.__dict__.update(fields)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+@contextmanager
+def records(*configs: Any) -> Iterator[None]:
+    """Within: models return records, not tuples (`config.return_dict`)."""
+    tuples = [config for config in configs if getattr(config, "return_dict", True) is False]
+    try:
+        for config in tuples:
+            config.return_dict = True
+        yield
+    finally:
+        for config in tuples:
+            config.return_dict = False
+
+
+@contextmanager
+def eager(compiled: bool) -> Iterator[None]:
+    """Within: compiled modules run as they are written: compiled code does not look for hooks put in later."""
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        yield

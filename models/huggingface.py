@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.anatomy import Anatomy, dissect, parts, read_eos
-from models.calls import Call, Passing, calling
-from models.hooks import edits, hooked, last_layer_of_rows, remembered, steers, undisturbed
+from models.calls import Call, Passing, calling, foreign_hooks_of
+from models.hooks import eager, edits, hooked, last_layer_of_rows, records, remembered, steers, undisturbed
 from models.images import PER_TOKEN, fit, image_marker, read_images
 from models.interface import (
     IMAGE,
@@ -114,7 +114,7 @@ class HuggingFace:
 
     def state(self) -> Hashable:
         body = self.body
-        foreign = tuple((at, key) for at, module in enumerate(body.modules) for key in _foreign(module))
+        foreign = tuple((at, key) for at, module in enumerate(body.modules) for key in foreign_hooks_of(module))
         versions = sum(0 if weight.is_inference() else weight._version for weight in body.weights)
         return id(body), foreign, versions, self._config_state(), self.dtype, self.device
 
@@ -122,7 +122,7 @@ class HuggingFace:
         return repr({**vars(self.config), "_attn_implementation_internal": implementation(self.config)})
 
     def foreign_hooks(self) -> list[str]:
-        return [name or type(module).__name__ for name, module in self.hf.named_modules() if _foreign(module)]
+        return [name or type(module).__name__ for name, module in self.hf.named_modules() if foreign_hooks_of(module)]
 
     def rules(self) -> Capabilities:
         return self._ruled_of(self.body)
@@ -365,43 +365,6 @@ def _embeddings(hf: nn.Module) -> Any:
         return hf.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-
-
-def _foreign(module: nn.Module) -> list[int]:
-    """What others have put on a module's forward: the keys of hooks, the id of another function."""
-    found = []
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        if hooks:
-            found += [key for key, hook in hooks.items() if _of_others(hook)]
-    instead = module.__dict__.get("forward")
-    return found if instead is None or not _of_others(instead) else [*found, id(instead)]
-
-
-def _of_others(function: Any) -> bool:
-    """Not ours, nor transformers' own, which look at outputs that are asked for."""
-    return not isinstance(function, Passing) and not str(getattr(function, "__module__", "")).startswith(
-        "transformers."
-    )
-
-
-@contextmanager
-def records(*configs: Any) -> Iterator[None]:
-    """Within: models return records, not tuples (`config.return_dict`)."""
-    tuples = [config for config in configs if getattr(config, "return_dict", True) is False]
-    try:
-        for config in tuples:
-            config.return_dict = True
-        yield
-    finally:
-        for config in tuples:
-            config.return_dict = False
-
-
-@contextmanager
-def eager(compiled: bool) -> Iterator[None]:
-    """Within: compiled modules run as they are written: compiled code does not look for hooks put in later."""
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-        yield
 
 
 def _expanded_cache(prefix: KeyValues, rows: int) -> Any:
