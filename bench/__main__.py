@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import models
+from bench import answers as answers_case
 from bench import compare as compare_runs
 from bench import estimators as estimators_case
 from bench import exactness as exactness_case
@@ -34,7 +35,6 @@ from bench.providers import PROVIDERS
 from bench.shapes import SHAPES
 from bench.suite import TOLERANCE, Settings, grid
 from bench.suite import run as run_suite
-from engine import tasks
 from engine.artifacts import write_whole
 from models.opening import Backend
 
@@ -195,7 +195,7 @@ def pictures(model: str = "smollm2-eyes", rounds: int = 5) -> None:
 @app.command()
 def estimators(
     model: str = "smollm2-135m",
-    names: Annotated[str, typer.Option("--tasks", help="Separated by commas.")] = ",".join(tasks.SHIPPED),
+    names: Annotated[str, typer.Option("--tasks", help="Separated by commas.")] = ",".join(estimators_case.NAMES),
     seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 5,
     ways: Annotated[str, typer.Option(help="Separated by semicolons.")] = ";".join(estimators_case.WAYS),
 ) -> None:
@@ -208,6 +208,19 @@ def estimators(
     result = estimators_case.measure(models.load(model), _read("--tasks", names), range(seeds), chosen)
     out.print(estimators_case.table(result))
     _record("estimators", [result])
+
+
+@app.command()
+def answers(
+    names: Annotated[str, typer.Option("--tasks", help="Separated by commas.")] = ",".join(answers_case.WORDS),
+    seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 5,
+    steps: Annotated[int, typer.Option(help="Of a search.")] = 100,
+    losses: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(answers_case.LOSSES),
+    path: Annotated[Path, typer.Option("--out", help="Records, kept as they come.")] = Path("out/answers.json"),
+) -> None:
+    """Exact strings and first tokens by which tokens are patched, and by the loss that heads are searched by."""
+    records = answers_case.run(names.split(","), seeds, steps, losses.split(","), path)
+    out.print(answers_case.table(records))
 
 
 @app.command()

@@ -26,6 +26,8 @@ from engine.methods import mtv
 from engine.tasks.scoring import first_token_losses
 from models import Model
 
+NAMES = ("antonyms", "past_tense")
+
 
 class Way(NamedTuple):
     """A search: its options, every how many steps its heads are looked at, and the step at which it is given up."""
@@ -116,7 +118,7 @@ def curve(
 
 def measure(
     model: Model,
-    names: Sequence[str] = tasks.SHIPPED,
+    names: Sequence[str] = NAMES,
     seeds: Sequence[int] = range(5),
     ways: Sequence[str] = tuple(WAYS),
     within: float = WITHIN,

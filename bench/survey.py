@@ -181,7 +181,7 @@ def generated(model: Model, hf: nn.Module, ids: list[int], heads: Tensor, values
     """0 if all rows go on with the oracle's tokens, or others as likely up to rounding; else what they differ by."""
     text = model.tokenizer.decode(ids)
     ids = model.encode(text).tolist()
-    got = engine.generate(model, text, heads=heads, values=values, max_new_tokens=NEW_TOKENS)
+    got = engine.generate(model, text, heads=heads, values=values, patched="all", max_new_tokens=NEW_TOKENS)
     worst = 0.0
     for row, answer in zip(heads, got, strict=True):
         grown, said = list(ids), ""

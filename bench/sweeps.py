@@ -73,7 +73,7 @@ def _against_the_loop(
             started = time.perf_counter()
             logits = [one(n) for n in range(len(examples))]
             seconds[name].append((time.perf_counter() - started) / len(examples))
-            targets = [int(example.answer) for example in examples]
+            targets = [tasks.first_token(model, example) for example in examples]
             found[name] = torch.stack([x.softmax(dim=-1)[t] for x, t in zip(logits, targets, strict=True)]).double()
 
     for one in loops.values():

@@ -9,8 +9,9 @@ from engine import distributed, experiments, groups, metrics, naive
 from engine.activations import capture, mean_activations
 from engine.artifacts import TaskVector
 from engine.attribution import attribute
+from engine.decoding import Answer
 from engine.effects import Effects
-from engine.evaluation import Score, evaluate
+from engine.evaluation import Cost, Score, cost, evaluate
 from engine.generation import generate
 from engine.intervention import Patch, Steering
 from engine.methods import function_vectors as fv
@@ -23,6 +24,8 @@ from engine.sweeping import sweep
 from engine.tasks import Example, Task
 
 __all__ = [
+    "Answer",
+    "Cost",
     "Effects",
     "Example",
     "Patch",
@@ -36,6 +39,7 @@ __all__ = [
     "TaskVector",
     "attribute",
     "capture",
+    "cost",
     "distributed",
     "evaluate",
     "experiments",

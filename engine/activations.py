@@ -138,5 +138,5 @@ def _capture(model: Model, few: Group) -> Float[Tensor, "some positions layers h
     if plain:
         model.forward(few[0][0].tokens[None], keep, inputs=few[0][0].prompt.inputs)
     else:
-        model.pack(segments([p for p, _ in few], starts, 1), keep, logits=False)
+        model.pack(segments([p for p, _ in few], starts, 1), keep, logits=0)
     return model.all_heads(torch.stack([z.to(model.device) for z in kept], dim=2), -2)

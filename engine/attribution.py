@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.budget import Budget
 from engine.checking import able
 from engine.effects import Effects
 from engine.intervention import Positions
 from engine.metrics import Metric
-from engine.patching import patch
 from engine.prefix import Prefix
 from engine.progress import track
-from engine.sweeping import Ablation, Asked, Budget, Tokens, activations, computed, read
-from engine.tasks.scoring import ExampleLike
+from engine.sweeping import Ablation, Answers, Asked, activations, computed, in_passes, read
+from engine.tasks.scoring import ExampleLike, Scored
 from models import Model, PromptLike, UnsupportedModelError
 from models.reading import read_int
 from models.shapes import Float, Integer
@@ -40,8 +40,9 @@ def attribute(
     *,
     source: Sequence[PromptLike] | None = None,
     metric: Metric | Callable[[Tensor], Tensor] = "probability",
-    targets: Tokens = None,
-    others: Tokens = None,
+    targets: Answers = None,
+    others: Answers = None,
+    scored: Scored = "answer",
     positions: Positions = -1,
     steps: Integer = 1,
     memory: Integer | None = None,
@@ -78,21 +79,21 @@ def attribute(
     if metric == "kl" and steps == 1:
         raise ValueError("the gradient of 'kl' is 0 at the unpatched run, where it is least: give steps > 1")
     with torch.inference_mode(False), torch.no_grad():
-        asked = read(model, prompts, values, source, metric, targets, others, positions, seed=seed)
+        asked = read(model, prompts, values, source, metric, targets, others, positions, seed=seed, scored=scored)
         budget = Budget(model, memory, graph=True)
         n_prompts, units = len(asked.prompts), model.shape.n_layers * model.shape.n_heads
         patched = torch.empty(n_prompts, len(asked.at), units, dtype=torch.float64)
         clean, reference = patched.new_empty(n_prompts), patched.new_empty(n_prompts) if asked.sources else None
         able(model, asked.prompts)
         for n in track(range(n_prompts), "attribution", progress):
-            prompt, (new, logits) = computed(asked.prompts[n], asked.at), asked.patched_in(n)
+            prompt, (new, source_run) = computed(asked.prompts[n], asked.at), asked.patched_in(n)
             change = new.to(model.device) - activations(prompt, asked.at)  # [P, L, H, D]
             for p, position in enumerate(asked.at):
                 gradient, unpatched = _gradient(asked, n, prompt, change[p], position, steps, budget)
-                clean[n] = asked.score(n, unpatched[None], unpatched)
+                clean[n] = unpatched[0]
                 patched[n, p] = clean[n] + (gradient * change[p].double()).sum(dim=-1).flatten().cpu()
-            if reference is not None and logits is not None:
-                reference[n] = asked.score(n, logits, unpatched)
+            if reference is not None and source_run is not None:
+                reference[n] = asked.scores(n, source_run, unpatched[1])[0]
         return asked.effects(patched, clean, reference, metadata={"estimate": "attribution patching", "steps": steps})
 
 
@@ -104,36 +105,37 @@ def _gradient(
     position: int,
     steps: int,
     budget: Budget,
-) -> tuple[Float[Tensor, "layers heads head_dim"], Float[Tensor, " vocab"]]:
-    """The mean of the metric's gradient over the path, and the logits of the unpatched run."""
+) -> tuple[Float[Tensor, "layers heads head_dim"], tuple[Tensor, Float[Tensor, " vocab"]]]:
+    """The mean of the metric's gradient over the path; and of the unpatched run the metric and the logits."""
     # The first row is the unpatched run, of which more steps take no gradient.
     points = torch.cat([torch.zeros(1), (torch.arange(steps) + 0.5) / steps]) if steps > 1 else torch.zeros(1)
     heads = torch.ones(len(points), *difference.shape[:2], dtype=torch.bool)
-    total, clean = torch.zeros_like(difference, dtype=torch.float64), torch.empty(0)
+    total = torch.zeros_like(difference, dtype=torch.float64)
+    clean: tuple[Tensor, Tensor] | None = None
 
     def run(prompt: Prefix, some: slice) -> None:
         nonlocal clean
         shift = points[some].to(difference)[:, None, None, None] * difference  # [rows, L, H, D]
         with torch.enable_grad():
             shift.requires_grad_()
-            logits = patch(asked.model, prompt, heads=heads[some], values=shift, positions=position, mode="add")
-            unpatched = logits[0].detach().clone() if not some.start else clean
-            scores = asked.score(n, logits, unpatched)
+            given = dict(heads=heads[some], values=shift, mode="add")
+            scores, logits = asked.scores(n, prompt, clean[1] if clean and some.start else None, position, **given)
             gradient = _derivative(scores, shift)
             if gradient is None:
                 raise _without(asked, recorded=_derivative(logits, shift) is not None)
-        clean = unpatched
+        if not some.start:
+            clean = scores[0].detach().clone(), logits[0].detach().clone()
         total.add_(gradient[1 if steps > 1 and not some.start else 0 :].double().sum(dim=0))
 
     try:
-        budget.passes(len(points), prompt, position, run)
+        in_passes(asked, n, budget, len(points), prompt, position, run)
     except RuntimeError as error:
         if "nference tensor" not in str(error):
             raise
         raise UnsupportedModelError(
             f"{asked.model.name} gives no gradients: it, or a prefix that was given, was made in inference mode"
         ) from error
-    return total / steps, clean
+    return total / steps, clean  # type: ignore[return-value]
 
 
 def _derivative(of: Tensor, by: Tensor) -> Tensor | None:

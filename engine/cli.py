@@ -25,13 +25,16 @@ import models
 from engine import plots, tasks
 from engine.artifacts import write_whole
 from engine.distributed import LostRankError, joined
-from engine.evaluation import Score, wilson
+from engine.evaluation import Cost, Score, wilson
 from engine.experiments import DATA_SETS, EXPERIMENTS, Options, default_shots
 from engine.experiments import run as run_experiment
 from engine.methods import mtv
 from engine.methods.estimators import Estimator
+from engine.steps import Patched
+from engine.tasks.scoring import Scored
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+PATCHED = "Which tokens of an answer are patched: prompt (the prompt's last), all, or so many new ones too."
 out = Console()
 note = Console(stderr=True)
 
@@ -71,6 +74,10 @@ def extract(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the prompts and the search.")] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="Where results go; default out/TASK.")] = None,
+    loss: Annotated[str, typer.Option(help=f"Of an answer that is searched by: {', '.join(get_args(Scored))}.")] = (
+        "first_token"
+    ),
+    patched: Annotated[str, typer.Option(help=PATCHED)] = "prompt",
     at_once: Annotated[
         int | None, typer.Option(help="Rollouts run together; default all, shared by the ranks.")
     ] = None,
@@ -88,6 +95,9 @@ def extract(
             preset, steps, rollouts, at_once=at_once, world=world, estimator=estimator,
             prompts_per_step=prompts_per_step,
         )  # fmt: skip
+        if loss not in get_args(Scored):
+            raise ValueError(f"--loss must be one of {', '.join(get_args(Scored))}, got {loss!r}")
+        tokens = read_patched(patched)
         given = None if heads_from is None else engine.TaskVector.load(heads_from)
         opened = tasks.load(task)
         split = opened.split(seed)
@@ -123,7 +133,8 @@ def extract(
             with search_line(quiet) as on_step:
                 vector = mtv.extract(
                     lm, pool, means, preset=preset, steps=steps, estimator=cast(Estimator, estimator),
-                    rollouts=rollouts, prompts_per_step=prompts_per_step, seed=seed, validation=validation,
+                    rollouts=rollouts, prompts_per_step=prompts_per_step, loss=cast(Scored, loss), seed=seed,
+                    validation=validation,
                     checkpoint=checkpoint, at_once=at_once, progress=not quiet, on_step=on_step, world=world,
                 )  # fmt: skip
             seconds["search"] = time.perf_counter() - started
@@ -132,14 +143,17 @@ def extract(
                 f"{len(vector.heads)} heads, validation loss {vector.metadata['validation_loss']:.2f} nats",
                 highlight=False,
             )
-        asking: dict[str, Any] = dict(progress=not quiet, world=world)
         base = f"{query_shots}-shot" if query_shots else "zero-shot"
-        patched: dict[str, Any] = dict(heads=vector.heads, values=vector.values)
-        scores = [
-            engine.evaluate(lm, base, queries, **asking),
-            engine.evaluate(lm, f"{icl_shots}-shot ICL", icl, **asking),
-            engine.evaluate(lm, f"{base} + MTV", queries, **patched, **asking),
-        ]
+        carried: dict[str, Any] = dict(heads=vector.heads, values=vector.values)
+        scores = []
+        for name, asked, more in (
+            (base, queries, {}),
+            (f"{icl_shots}-shot ICL", icl, {}),
+            (f"{base} + MTV", queries, carried),
+        ):
+            asking: dict[str, Any] = dict(patched=tokens, progress=not quiet, world=world, **more)
+            exact, first = (engine.evaluate(lm, name, asked, by=by, **asking) for by in ("exact", "first_token"))
+            scores.append((exact, first, engine.cost(lm, asked, **more)))
         if world.rank > 0:
             return
         out.print(score_table(opened.name, scores))
@@ -152,7 +166,12 @@ def extract(
             plots.learning_curve(folder / "curve.png", vector.metadata["losses"], title)
         results = {
             "task": opened.name,
-            "scores": [asdict(score) | {"accuracy": score.accuracy} for score in scores],
+            "patched": patched,
+            "scores": [
+                dict(asdict(cost), name=exact.name, queries=exact.queries)
+                | {one.by: dict(accuracy=one.accuracy, low=one.low, high=one.high) for one in (exact, first)}
+                for exact, first, cost in scores
+            ],
             "seconds": seconds,
             "heads": vector.heads,
             **vector.metadata,
@@ -239,6 +258,7 @@ def apply(
         Path | None, typer.Option(help="The vector.safetensors of another task, whose means the heads carry.")
     ] = None,
     shot: Annotated[list[str] | None, typer.Option(help="A demonstration, as in hot=cold; may be repeated.")] = None,
+    patched: Annotated[str, typer.Option(help=PATCHED)] = "prompt",
     max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 20,
 ) -> None:
     """Answer prompts from the command line with a saved task vector, and without it."""
@@ -252,7 +272,7 @@ def apply(
         lm = models.load(model or loaded.metadata["model"])
         loaded.check(lm)
         prompts = queries if raw else [tasks.Task.prompt(shots, query) for query in queries]
-        options: dict[str, Any] = dict(max_new_tokens=max_new_tokens, stop="\n")
+        options: dict[str, Any] = dict(patched=read_patched(patched), max_new_tokens=max_new_tokens, stop="\n")
         plain = engine.generate(lm, prompts, **options)
         patched = engine.generate(lm, prompts, heads=loaded.heads, values=loaded.values, **options)
         table = Table("query", "without", "with the vector", box=None)
@@ -326,6 +346,10 @@ def experiment(
         out.print(folder / "report.html", highlight=False, soft_wrap=True)
 
 
+def read_patched(patched: str) -> Patched:
+    return int(patched) if patched.isdigit() else patched  # type: ignore[return-value]
+
+
 def make_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--out {folder} is a file, expected a folder")
@@ -350,21 +374,22 @@ def search_line(quiet: bool) -> Iterator[Callable[[mtv.Step], None]]:
         yield on_step
 
 
-def score_table(task: str, scores: list[Score]) -> Table:
-    """Accuracy and cost of each way to ask, prompt tokens saved beside the few-shot one."""
-    few_shot = max(score.tokens for score in scores)
-    table = Table(title=f"{task}: first-token accuracy on {scores[0].queries} held-out words")
-    for column in ("", "accuracy", "95% interval", "tokens/query", "saved", "ms/query"):
+def score_table(task: str, scores: list[tuple[Score, Score, Cost]]) -> Table:
+    """Accuracy of whole answers and of their first tokens, and cost, of each way to ask; tokens saved beside few-shot."""
+    few_shot = max(cost.tokens for *_, cost in scores)
+    table = Table(title=f"{task}: {scores[0][0].queries} held-out words")
+    for column in ("", "exact string", "95% interval", "first token", "tokens/query", "saved", "ms/query"):
         table.add_column(column, justify="right" if column else "left")
-    for score in scores:
-        saved = f"{1 - score.tokens / few_shot:.0%}" if score.tokens < few_shot else ""
+    for exact, first, cost in scores:
+        saved = f"{1 - cost.tokens / few_shot:.0%}" if cost.tokens < few_shot else ""
         table.add_row(
-            score.name,
-            f"{score.accuracy:.2f}",
-            f"{score.low:.2f}-{score.high:.2f}",
-            f"{score.tokens:.1f}",
+            exact.name,
+            f"{exact.accuracy:.2f}",
+            _interval((exact.low, exact.high)),
+            f"{first.accuracy:.2f}",
+            f"{cost.tokens:.1f}",
             saved,
-            f"{1000 * score.seconds:.0f}",
+            f"{1000 * cost.seconds:.0f}",
         )
     return table
 

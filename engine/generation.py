@@ -1,22 +1,30 @@
-"""Greedy answers of a patched model: the last prompt token and every new token are patched."""
+"""Answers of a patched model: which of their tokens are patched is the caller's to say."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.budget import Budget
 from engine.checking import able
-from engine.intervention import Heads, Mode, Patch, Steering, Values, read_patch
+from engine.decoding import Answer, Growing, OnToken, Speaking, activations, beside, together
+from engine.intervention import Heads, Mode, Steering, Values
 from engine.patching import decide, request
-from engine.planning import MAX_TOKENS, Request, Strategy, make_plan
-from engine.prefix import Prefix, Prompts, as_prefixes, compute, why_not_split
-from engine.runner import make_edit, make_steer, run, segments
-from models import Capabilities, Model, Segment, UnsupportedModelError
-from models.reading import read_int
+from engine.planning import MAX_TOKENS, Strategy
+from engine.prefix import Prefix, Prompts, as_prefixes, compute, shareable, why_not_split
+from engine.sampling import read_config
+from engine.steps import Patched, Steps, read_steps
+from models import Capabilities, Model, UnsupportedModelError
+from models.reading import read_int, read_seed
 from models.shapes import Integer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+NEW_TOKENS = 20
 
 
 @torch.no_grad()
@@ -28,28 +36,53 @@ def generate(
     values: Values = None,
     mode: Mode = "replace",
     steering: Steering | None = None,
-    max_new_tokens: Integer = 20,
-    stop: str | None = None,
+    patched: Patched = "prompt",
+    by_step: bool = False,
+    max_new_tokens: Integer | None = None,
+    stop: str | Sequence[str] | None = None,
+    config: GenerationConfig | None = None,
+    seed: Integer = 0,
+    memory: Integer | None = None,
+    on_token: OnToken | None = None,
+    capture: bool = False,
     strategy: Strategy = "auto",
-) -> str | list[str] | list[list[str]]:
-    """Answer greedily with heads patched at the last prompt token and at every generated token.
+) -> Any:  # str, list[str] or list[list[str]]; captured: of `Answer`s
+    """Answer with heads patched at the last prompt token, and at new ones if asked for; the likeliest tokens, or drawn.
 
     heads, values, mode, steering, strategy: as for `engine.patch`; without any of them the model answers unpatched.
-    max_new_tokens: default 20; an answer ends earlier at an end-of-text token, or where `stop` appears (cut off).
+    patched:  which tokens are patched. "prompt": the prompt's last only (default), so that the patch lives on in its
+              keys and values; "all": every new token too (the reference code's way); n: the first n new ones too; a
+              list of steps: 0 is the prompt's last token, s the s-th new one.
+    by_step:  values differ by step: Float[steps, L, H, D] or Float[steps, R, L, H, D]; "all" is then all of those.
+    max_new_tokens: default the config's, or 20; an answer ends earlier at an end-of-text token, or where one of `stop`
+              appears (cut off).
+    config:   a transformers `GenerationConfig`: do_sample, temperature, top_k, top_p, min_p, typical_p,
+              repetition_penalty, no_repeat_ngram_size, eos_token_id, stop_strings, max_new_tokens. What it leaves
+              unset is off. For more, transformers' own `generate` goes on from `engine.start`.
+    seed:     of the draws of a config with do_sample. An answer does not depend on what is asked beside it.
+    memory:   bytes that rows may take; default an eighth of what is free. More rows are answered in parts.
+    on_token: called as on_token(prompt, row, text) with what is new of an answer, as it comes.
+    capture:  return `engine.Answer` (text, tokens, z of every step) in place of text, for a forward more a row.
 
     Returns one string; a list of them for several prompts or several rows; [prompts][rows] for both. Prompts and rows
-    are decoded together. Raises as `engine.patch`; ValueError if prompt and answer would exceed the model's context.
+    are decoded together. Raises as `engine.patch`; ValueError if prompt and answer would exceed the model's context,
+    for steps beyond the answer, and for a config that asks for what rows cannot do.
 
-    Source: Multimodal Task Vectors (arXiv 2406.15334), section 3.3, and its reference code.
+    Source: Multimodal Task Vectors (arXiv 2406.15334), section 3.3; its reference code patches "all".
 
     >>> engine.generate(model, "Q: hot\\nA:", heads=[(10, 3)], values=means, max_new_tokens=3)
     '...'
     """
-    patch = read_patch(model, heads, values, -1, mode, steering)
+    seed = read_seed(seed)
+    choice = read_config(config, seed)
+    n_new = config.max_new_tokens if max_new_tokens is None and config is not None else max_new_tokens
+    n_new = NEW_TOKENS if n_new is None else read_int(n_new, "max_new_tokens")
+    steps = read_steps(model, heads, values, mode, steering, patched, by_step, n_new)
     several, prompts = as_prefixes(model, prompt)
-    max_new_tokens = read_int(max_new_tokens, "max_new_tokens")
-    if stop is not None and (not isinstance(stop, str) or not stop):
-        raise ValueError(f"stop must be text that ends an answer, or None, got {stop!r}")
+    stops = _read_stops(stop, config)
+    if on_token is not None and not callable(on_token):
+        raise TypeError(f"on_token must be a function of a prompt's number, a row's and text, got {on_token!r}")
+    budget = Budget(model, memory)
     if not model.generates:
         raise UnsupportedModelError(f"{model.name} is an encoder: it answers, but does not generate text")
     if model.tokenizer is None:
@@ -57,127 +90,101 @@ def generate(
             f"{model.name} was wrapped without a tokenizer: answers are text, which needs wrap(..., tokenizer=)"
         )
     longest = max(len(p.tokens) for p in prompts)
-    if longest + max_new_tokens > model.shape.max_tokens:
+    if longest + n_new > model.shape.max_tokens:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed "
-            f"the {model.shape.max_tokens} of {model.name}"
+            f"a prompt of {longest} tokens and {n_new} new ones exceed the {model.shape.max_tokens} of {model.name}"
         )
     asked = [request(p, 1, (len(p.tokens) - 1,)) for p in prompts]
     decide(model, prompts, asked, strategy)  # refuses what it must before anything runs
     found = able(model, prompts, strategy)
-    can = {id(p): one for p, one in zip(prompts, found, strict=True)}
-    ways = {id(p): _way(p, can[id(p)], max_new_tokens, strategy) for p in prompts}
-    answers: list[list[str]] = []
-    for way, group in groupby(prompts, key=lambda prompt: ways[id(prompt)]):
-        if way == "packed":
-            for some in _few(list(group), patch.n_rows):
-                answers += _decode_together(model, patch, some, max_new_tokens, stop)
+    ways = [_way(p, can, n_new, strategy) for p, can in zip(prompts, found, strict=True)]
+    how = Speaking(n_new, choice, stops, _ends(model, config), on_token)
+    answers = _answer(model, how, steps, prompts, ways, budget)
+    z = capture and [
+        [_captured(model, steps.select([row]), p, one) for row, one in enumerate(rows)]
+        for p, rows in zip(prompts, answers, strict=True)
+    ]
+    said: list[list[Any]] = z or [[one.text() for one in rows] for rows in answers]
+    if steps.n_rows > 1:
+        return said if several else said[0]
+    return [rows[0] for rows in said] if several else said[0][0]
+
+
+def _answer(
+    model: Model, how: Speaking, steps: Steps, prompts: Sequence[Prefix], ways: Sequence[Strategy], budget: Budget
+) -> list[list[Growing]]:
+    """All answers, [prompts][rows]: as many at once as the budget, and one forward, take."""
+    n_rows = steps.n_rows
+    answers = [[Growing(model, how, p, row, n_rows) for row in range(n_rows)] for p in range(len(prompts))]
+
+    def run(which: Sequence[int], some: slice) -> None:
+        rows, here = steps.select(range(n_rows)[some]), [answers[p][some] for p in which]
+        if how.on_token is None:  # after memory ran out: from the beginning
+            here = [[Growing(model, how, p, one.place[1], n_rows) for one in answers[p][some]] for p in which]
+        if ways[which[0]] == "packed":
+            together(model, how, rows, [prompts[p] for p in which], here)
         else:
-            answers += [_decode_one_by_one(model, patch, p, max_new_tokens, stop, way, can[id(p)]) for p in group]
-    if patch.n_rows > 1:
-        return answers if several else answers[0]
-    return [rows[0] for rows in answers] if several else answers[0][0]
+            beside(model, how, rows, prompts[which[0]], here[0], ways[which[0]])
+        for p, new in zip(which, here, strict=True):
+            answers[p][some] = new
+
+    for way, group in groupby(range(len(prompts)), key=ways.__getitem__):
+        fit = budget.answers(how.max_new_tokens)
+        for which in _few(prompts, list(group), n_rows, fit if way == "packed" else n_rows):
+            if way != "packed":
+                fit = min(fit, MAX_TOKENS // (len(prompts[which[0]].tokens) + how.max_new_tokens))
+            elif fit < n_rows:  # the parts share the prompt
+                (at,) = which
+                prompts = [*prompts[:at], *_ready(prompts[at]), *prompts[at + 1 :]]
+            budget.passes(n_rows, lambda fit=fit: fit, lambda some, which=which: run(which, some))  # type: ignore[misc]
+    return answers
 
 
-def _way(prompt: Prefix, can: Capabilities, max_new_tokens: int, strategy: Strategy) -> Strategy:
-    """How the answers to a prompt are decoded: rows go on by themselves, so even one token packs."""
-    n_tokens = len(prompt.tokens)
-    if strategy != "auto":
-        if longer := can.why_not(strategy, n_tokens + max_new_tokens):
-            raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {longer}")
-        return strategy
-    if can.shared(n_tokens + max_new_tokens) or why_not_split(prompt.prompt, n_tokens - 1):
-        return "batch" if not can.batch else "naive"
-    return "expanded" if can.packed else "packed"
+def _ready(prompt: Prefix) -> list[Prefix]:
+    return compute([prompt], [shareable(prompt, len(prompt.tokens) - 1)])
 
 
-def _few(prompts: list[Prefix], n_rows: int) -> Iterator[list[Prefix]]:
-    """Groups of prompts that one forward can take."""
-    group: list[Prefix] = []
+def _few(prompts: Sequence[Prefix], which: list[int], n_rows: int, fit: int) -> Iterator[list[int]]:
+    """Groups of prompts that one forward, and the budget of rows, can take; one at least."""
+    group: list[int] = []
     size = 0
-    for prompt in prompts:
-        cost = len(prompt.tokens) + n_rows
-        if group and size + cost > MAX_TOKENS:
+    for index in which:
+        cost = len(prompts[index].tokens) + n_rows
+        if group and (size + cost > MAX_TOKENS or (len(group) + 1) * n_rows > fit):
             yield group
             group, size = [], 0
-        group.append(prompt)
+        group.append(index)
         size += cost
     yield group
 
 
-def _decode_together(
-    model: Model, patch: Patch, prompts: list[Prefix], max_new_tokens: int, stop: str | None
-) -> list[list[str]]:
-    """Rows of all prompts in one packed forward a token. A row's own tokens are patched, so their keys and values are
-    its own; the prompt's are shared.
-    """
-    answers = [[_Answer(model, stop) for _ in range(patch.n_rows)] for _ in prompts]
-    packed = segments(prompts, [len(prompt.tokens) - 1 for prompt in prompts], patch.n_rows)
-    live = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        edit, steer = make_edit(model, patch, [0], 1, len(packed)), make_steer(patch, [0], len(packed))
-        out = model.pack(packed, edit, keep=True, steer=steer)
-        tokens = out.logits.argmax(dim=-1)  # [prompts, rows]
-        going = []
-        for index, (prompt_index, row) in enumerate(zip(live, tokens.tolist(), strict=True)):
-            unfinished = [answer.take(token) for answer, token in zip(answers[prompt_index], row, strict=True)]
-            if any(unfinished):
-                going.append(index)
-        packed = [Segment(out.contexts[i], tokens[i][:, None], out.rows[i]) for i in going]
-        live = [live[i] for i in going]
-        if not live:
-            break
-    return [[answer.text() for answer in row] for row in answers]
+def _way(prompt: Prefix, can: Capabilities, n_new: int, strategy: Strategy) -> Strategy:
+    """How the answers to a prompt are decoded: rows go on by themselves, so even one token packs."""
+    n_tokens = len(prompt.tokens)
+    if strategy != "auto":
+        if longer := can.why_not(strategy, n_tokens + n_new):
+            raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {longer}")
+        return strategy
+    if can.shared(n_tokens + n_new) or why_not_split(prompt.prompt, n_tokens - 1):
+        return "batch" if not can.batch else "naive"
+    return "expanded" if can.packed else "packed"
 
 
-def _decode_one_by_one(
-    model: Model,
-    patch: Patch,
-    prompt: Prefix,
-    max_new_tokens: int,
-    stop: str | None,
-    strategy: Strategy,
-    can: Capabilities,
-) -> list[str]:
-    """Each row by itself, from patched forwards over the growing prompt."""
-    n_prompt = len(prompt.tokens)
-    if strategy == "expanded":
-        prompt = compute([prompt], [n_prompt - 1])[0]
-    answers = []
-    for row in range(patch.n_rows):
-        answer, grown = _Answer(model, stop), prompt
-        for _ in range(max_new_tokens):
-            n_tokens = len(grown.tokens)
-            positions = tuple(range(n_prompt - 1, n_tokens))
-            plan = make_plan(model.shape, can, Request(n_tokens, 1, positions), strategy)
-            token = run(model, replace(patch.rows(row, row + 1), positions=positions), [grown], [plan])[0, 0].argmax()
-            grown = replace(grown, prompt=grown.prompt.then(token[None]))
-            if not answer.take(int(token)):
-                break
-        answers.append(answer.text())
-    return answers
+def _captured(model: Model, steps: Steps, prompt: Prefix, answer: Growing) -> Answer:
+    tokens = torch.tensor(answer.tokens, dtype=torch.long)
+    return Answer(answer.text(), tokens, activations(model, steps, prompt, tokens))
 
 
-class _Answer:
-    """The tokens of one answer, until it ends."""
+def _read_stops(stop: str | Sequence[str] | None, config: Any) -> tuple[str, ...]:
+    given = (
+        [stop] if isinstance(stop, str) else [] if stop is None else list(stop) if isinstance(stop, Sequence) else [0]
+    )
+    more = getattr(config, "stop_strings", None) or []
+    if (stop is not None and not given) or not all(isinstance(one, str) and one for one in given):
+        raise ValueError(f"stop must be text that ends an answer, a list of such, or None, got {stop!r}")
+    return (*given, *([more] if isinstance(more, str) else more))
 
-    def __init__(self, model: Model, stop: str | None):
-        self.model = model
-        self.stop = stop
-        self.tokens: list[int] = []
-        self.ended = False
 
-    def take(self, token: int) -> bool:
-        """Append a token unless the answer has ended; whether it goes on."""
-        if not self.ended:
-            self.ended = token in self.model.eos
-            if not self.ended:
-                self.tokens.append(token)
-                self.ended = self.stop is not None and self.stop in self._decoded()
-        return not self.ended
-
-    def text(self) -> str:
-        return self._decoded().split(self.stop)[0] if self.stop else self._decoded()
-
-    def _decoded(self) -> str:
-        return self.model.decode(torch.tensor(self.tokens, dtype=torch.long))
+def _ends(model: Model, config: Any) -> frozenset[int]:
+    ends = getattr(config, "eos_token_id", None)
+    return model.eos if ends is None else frozenset([ends] if isinstance(ends, int) else ends)

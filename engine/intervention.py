@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from models import Model, Shape
-from models.reading import as_int, read_int, read_tensor
+from models.reading import as_int, read_int, read_list, read_tensor
 from models.shapes import Bool, Float, Integer
 
 Mode: TypeAlias = Literal["replace", "add"]
@@ -140,7 +140,7 @@ def read_steering(model: Model, steering: Steering | None) -> Steering | None:
     if not vector.isfinite().all():
         raise ValueError("the steering vector must be finite, got NaN or inf")
     check_fits(model, vector, "the steering vector")
-    if steering.layers is None or not (each := _several(steering.layers)):
+    if steering.layers is None or not (each := read_list(steering.layers)):
         raise TypeError(f"steering layers must be an int, or a list of one a row, got {steering.layers!r}")
     layers = [None if given is None else as_int(given) for given in each]
     for given, layer in zip(each, layers, strict=True):
@@ -150,17 +150,10 @@ def read_steering(model: Model, steering: Steering | None) -> Steering | None:
 
 
 def read_positions(positions: Positions) -> tuple[int, ...]:
-    at = [as_int(position) for position in _several(positions)]
+    at = [as_int(position) for position in read_list(positions)]
     if not at or None in at:
         raise TypeError(f"positions must be an int or a list of ints, got {positions!r}")
     return tuple(at)  # type: ignore[arg-type]
-
-
-def _several(given: Any) -> list[Any]:
-    """What a sequence or an array holds; of anything else a list."""
-    given = read_tensor(given, "integers")
-    given = given.tolist() if isinstance(given, Tensor) else given
-    return list(given) if isinstance(given, Sequence) else [given]
 
 
 def read_heads(shape: Shape, heads: Heads) -> Bool[Tensor, "rows layers heads"]:

@@ -1,4 +1,4 @@
-"""What a patched run is scored by: one number a row, from the logits of its last token."""
+"""What a patched run is scored by: one number a row, from the logits of its last token, or of its answer's."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ from models.shapes import Float
 
 Metric: TypeAlias = Literal["probability", "log_probability", "logit_difference", "rank", "kl"]
 # metric(logits [rows, vocab], target, other, clean [vocab]) -> [rows], of one prompt: target and other are token ids or
-# None, clean are the logits of its unpatched run.
+# None, clean are the logits of its unpatched run. Of an answer of several tokens: logits [rows, tokens, vocab], and
+# target is all of them.
 MetricFunction: TypeAlias = Callable[[Tensor, Any, Any, Tensor], Tensor]
 
 
 def probability(
-    logits: Float[Tensor, "rows vocab"], target: int, other: int | None, clean: Float[Tensor, " vocab"]
+    logits: Float[Tensor, "rows *tokens vocab"], target: int | Sequence[int], other: Any, clean: Float[Tensor, " vocab"]
 ) -> Float[Tensor, " rows"]:
-    """P(target), from 0 to 1."""
-    return _wide(logits).softmax(dim=-1)[:, target]
+    """P(target), from 0 to 1; of several tokens, their product."""
+    if isinstance(target, int):
+        return _wide(logits).softmax(dim=-1)[:, target]
+    return log_probability(logits, target, other, clean).exp()
 
 
 def log_probability(
-    logits: Float[Tensor, "rows vocab"], target: int, other: int | None, clean: Float[Tensor, " vocab"]
+    logits: Float[Tensor, "rows *tokens vocab"], target: int | Sequence[int], other: Any, clean: Float[Tensor, " vocab"]
 ) -> Float[Tensor, " rows"]:
-    """The logarithm of P(target), in nats."""
-    return _wide(logits).log_softmax(dim=-1)[:, target]
+    """The logarithm of P(target), in nats; of several tokens, each after those before it, their sum."""
+    log_p = _wide(logits).log_softmax(dim=-1)
+    if isinstance(target, int):
+        return log_p[:, target]
+    return log_p[:, range(len(target)), list(target)].sum(dim=-1)
 
 
 def logit_difference(
@@ -68,8 +74,8 @@ METRICS: dict[str, MetricFunction] = {
 
 def read_metric(
     metric: Metric | Callable[[Tensor], Tensor],
-    targets: Sequence[int] | None = None,
-    others: Sequence[int] | None = None,
+    targets: Sequence[Any] | None = None,
+    others: Sequence[Any] | None = None,
     *,
     prompts: int,
     vocab_size: int,
@@ -78,12 +84,14 @@ def read_metric(
 
     metric:  a name, or a function of the logits Float[rows, vocab] of one prompt that returns Float[rows]; it is given
              float32 or float64.
-    targets: a token a prompt. "probability", "log_probability", "logit_difference" and "rank" need them, "kl" does not.
-    others:  a second token a prompt, which "logit_difference" subtracts.
+    targets: a token, or a list of an answer's tokens, a prompt. "probability", "log_probability", "logit_difference"
+             and "rank" (of one token) need them, "kl" does not.
+    others:  a second one a prompt, which "logit_difference" subtracts.
 
     All compute in float32, or in float64 if the logits are. Raises ValueError for an unknown name, for targets that are
-    missing, not one a prompt or outside the vocabulary, and for a logit difference of a token with itself; TypeError
-    for tokens that are not ints. A function of one's own is checked when it is called: TypeError or ValueError.
+    missing, not one a prompt or outside the vocabulary, for a logit difference of an answer with itself, and for the
+    rank of several tokens; TypeError for tokens that are not ints. A function of one's own is checked when it is
+    called: TypeError or ValueError.
 
     >>> score = engine.metrics.read_metric("logit_difference", [5], [7], prompts=1, vocab_size=9)
     >>> score(torch.arange(18.0).view(2, 9), 5, 7, torch.zeros(9))
@@ -98,9 +106,15 @@ def read_metric(
     _check_tokens(metric, "targets", targets, prompts, vocab_size)
     if metric == "logit_difference":
         _check_tokens(metric, "others", others, prompts, vocab_size)
-        same = [i for i, (one, other) in enumerate(zip(targets or (), others or (), strict=True)) if one == other]
+        both = zip(targets or (), others or (), strict=True)
+        same = [i for i, (one, other) in enumerate(both) if list(_tokens(one)) == list(_tokens(other))]
         if same:
             raise ValueError(f"target and other token are the same for prompts {_few(same)}: their difference is 0")
+    if metric == "rank" and (longer := [i for i, one in enumerate(targets or ()) if len(_tokens(one)) > 1]):
+        raise ValueError(
+            f"'rank' is of one token, the targets of prompts {_few(longer)} have several: give scored='first_token' or "
+            "another metric"
+        )
     return METRICS[metric]
 
 
@@ -136,16 +150,20 @@ def _own(metric: Callable[[Tensor], Tensor]) -> MetricFunction:
     return score
 
 
-def _check_tokens(metric: str, name: str, tokens: Sequence[int] | None, prompts: int, vocab_size: int) -> None:
+def _check_tokens(metric: str, name: str, tokens: Sequence[Any] | None, prompts: int, vocab_size: int) -> None:
     if tokens is None:
         raise ValueError(f"metric {metric!r} needs {name}, a token for each of the {prompts} prompts; none were given")
     if len(tokens) != prompts:
         raise ValueError(f"{name} must be one token a prompt: got {len(tokens)} for {prompts} prompts")
-    for i, token in enumerate(tokens):
+    for i, token in ((i, token) for i, some in enumerate(tokens) for token in _tokens(some)):
         if as_int(token) is None:
             raise TypeError(f"{name} must be token ids, got {token!r} for prompt {i}")
         if not 0 <= token < vocab_size:
             raise ValueError(f"token {token} in {name}, of prompt {i}, lies outside the vocabulary of {vocab_size}")
+
+
+def _tokens(given: Any) -> Sequence[Any]:
+    return given if isinstance(given, (list, tuple)) else [given]
 
 
 def _few(indices: Sequence[int]) -> str:

@@ -39,14 +39,15 @@ def patch(
     return logits if several else logits[0]
 
 
-def rows(model: Model, patch: Patch, prompt: Prefix, rounding: bool = False) -> Float[Tensor, "rows vocab"]:
+def rows(model: Model, patch: Patch, prompt: Prefix, rounding: bool = False) -> Float[Tensor, "rows *places vocab"]:
     """One hooked forward for each row of one prompt; rounding: every head's output is rounded once more."""
     logits = []
     for row in range(patch.n_rows):
         edit, steer = row_edit(model, patch, row, patch.at(len(prompt.tokens)))
         if rounding:
             edit = _rounded(edit, model.dtype)
-        logits.append(model.forward(prompt.tokens[None], edit, inputs=prompt.prompt.inputs, steer=steer)[0])
+        tokens, inputs = prompt.tokens[None], prompt.prompt.inputs
+        logits.append(model.forward(tokens, edit, inputs=inputs, steer=steer, logits=prompt.places)[0])
     return torch.stack(logits)
 
 

@@ -28,12 +28,14 @@ class Prefix:
     cache:  unpatched keys and values of its first `len(cache)` tokens; never written to.
     model:  the model that computed them; other models refuse the prefix.
     state:  that the model was in; in another one, the prefix is computed again.
+    places: how many last tokens logits are read at: of a prompt with an answer behind it, one for each of its tokens.
     """
 
     prompt: Encoded
     cache: KeyValues
     model: Model
     state: Hashable = None
+    places: int = 1
 
     @property
     def tokens(self) -> Int[Tensor, " tokens"]:
@@ -69,7 +71,7 @@ def as_prefix(model: Model, prompt: PromptLike | Prefix) -> Prefix:
     if len(prompt.cache) and prompt.state != model.state():
         changed = "has changed since a prefix was computed (modules, weights, hooks, attention)"
         warnings.warn(f"{model.name} {changed}: it is computed again", stacklevel=4)
-        return Prefix(prompt.prompt, KeyValues(), model)
+        return replace(prompt, cache=KeyValues(), state=None)
     return prompt
 
 

@@ -1,4 +1,4 @@
-"""The one place that executes rows: a plan and a patch in, last-token logits out."""
+"""The one place that executes rows: a plan and a patch in, logits of the last tokens out."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from models.shapes import Float
 
 def run(
     model: Model, patch: Patch, prompts: Sequence[Prefix], plans: Sequence[Plan]
-) -> Float[Tensor, "prompts rows vocab"]:
+) -> Float[Tensor, "prompts rows *places vocab"]:
     """Run each prompt by its plan; neighbours that are packed alike share forwards."""
     grad = torch.is_grad_enabled() and patch.values.requires_grad
     with torch.set_grad_enabled(grad):
         if grad:  # the prefix does not depend on the values: no graph is kept for it
             prompts = [_ready(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
         logits: list[Tensor] = []
-        for packed, group in groupby(zip(prompts, plans, strict=True), key=lambda one: _alike(patch, one[1])):
+        for packed, group in groupby(zip(prompts, plans, strict=True), key=lambda one: _alike(patch, *one)):
             if packed is None:
                 logits += [WAYS[plan.strategy](model, patch, prompt, plan) for prompt, plan in group]
             else:
@@ -124,15 +124,15 @@ def segments(prompts: Sequence[Prefix], splits: Sequence[int], n_rows: int) -> l
     return found
 
 
-def _alike(patch: Patch, plan: Plan) -> tuple[int, ...] | None:
+def _alike(patch: Patch, prompt: Prefix, plan: Plan) -> tuple[int, ...] | None:
     """Plans with equal keys can share a packed forward; None: this one runs alone.
 
-    Rows of equal length, patched at the same tokens of it: counted from either end, positions may coincide in one
-    prompt and not in another.
+    Rows of equal length, read and patched at the same tokens of it: counted from either end, positions may coincide in
+    one prompt and not in another.
     """
     if plan.strategy != "packed" or plan.rows_per_pass < plan.n_rows:
         return None
-    return (plan.n_tokens - plan.split, *(p - plan.split for p in patch.at(plan.n_tokens)))
+    return (prompt.places, plan.n_tokens - plan.split, *(p - plan.split for p in patch.at(plan.n_tokens)))
 
 
 def _few(prompts: list[tuple[Prefix, Plan]]) -> Iterator[list[tuple[Prefix, Plan]]]:
@@ -155,15 +155,16 @@ def _packed(model: Model, patch: Patch, group: list[tuple[Prefix, Plan]]) -> lis
     plan = group[0][1]
     tail = [p - plan.split for p in patch.at(plan.n_tokens)]
     edit = make_edit(model, patch, tail, plan.n_tokens - plan.split, len(group))
-    return list(model.pack(packed, edit, steer=make_steer(patch, tail, len(group))).logits)
+    steer = make_steer(patch, tail, len(group))
+    return list(model.pack(packed, edit, steer=steer, logits=group[0][0].places).logits)
 
 
-def _batch(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+def _batch(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows *places vocab"]:
     """Whole rows beside each other."""
     return _forwards(model, patch, prompt, plan, None, prompt.prompt.inputs)
 
 
-def _expanded(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+def _expanded(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows *places vocab"]:
     """Rows from copies of the model's own cache on."""
     if not plan.split:
         return _batch(model, patch, prompt, plan)
@@ -177,17 +178,17 @@ def _forwards(
     plan: Plan,
     prefix: KeyValues | None,
     inputs: Mapping[str, Tensor] | None,
-) -> Float[Tensor, "rows vocab"]:
+) -> Float[Tensor, "rows *places vocab"]:
     """Plain forwards of some rows at a time."""
     ids, tail = prompt.tokens[plan.split :], [p - plan.split for p in patch.at(plan.n_tokens)]
     logits = []
     for some in _passes(patch, plan):
         edit, steer = make_edit(model, some, tail, len(ids)), make_steer(some, tail)
-        logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs, steer))
+        logits.append(model.forward(ids.expand(some.n_rows, -1), edit, prefix, inputs, steer, prompt.places))
     return torch.cat(logits) if len(logits) > 1 else logits[0]
 
 
-def _in_passes(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+def _in_passes(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows *places vocab"]:
     """More packed rows than one forward takes."""
     prompt = _ready(prompt, plan)
     return torch.cat([_packed(model, some, [(prompt, plan)])[0] for some in _passes(patch, plan)])
@@ -198,7 +199,7 @@ def _passes(patch: Patch, plan: Plan) -> Iterator[Patch]:
         yield patch.rows(start, start + plan.rows_per_pass)
 
 
-def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows vocab"]:
+def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Tensor, "rows *places vocab"]:
     """Rows in the order of their first patched layer, each coming in there as a copy of one that nobody patches."""
     if plan.rows_per_pass < plan.n_rows:
         prompt = _ready(prompt, plan)
@@ -212,7 +213,7 @@ def _layered(model: Model, patch: Patch, prompt: Prefix, plan: Plan) -> Float[Te
         (one,) = segments([prompt], [plan.split], rows.n_rows)
         one = replace(one, entry=(0, *(entry[i] for i in some)))
         edit = make_edit(model, rows, tail, plan.n_tokens - plan.split)
-        found = model.pack([one], edit, steer=make_steer(rows, tail)).logits[0][1:]
+        found = model.pack([one], edit, steer=make_steer(rows, tail), logits=prompt.places).logits[0][1:]
         for index, row in zip(some, found, strict=True):
             logits[index] = row
     return torch.stack(logits)

@@ -33,6 +33,17 @@ class Steps:
     patched: Container[int]
     by_step: Tensor | None = None
 
+    @property
+    def n_rows(self) -> int:
+        return self.patch.n_rows
+
+    def select(self, rows: Sequence[int]) -> Steps:
+        """These rows, in this order."""
+        by_step = self.by_step
+        if by_step is not None and by_step.ndim == 5:
+            by_step = by_step[:, list(rows)]
+        return Steps(self.patch.select(rows), self.patched, by_step)
+
     def at(self, step: int) -> Patch | None:
         """What is patched at a step; None for nothing."""
         if step not in self.patched:

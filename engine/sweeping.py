@@ -10,10 +10,9 @@ each through all layers.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -23,22 +22,24 @@ from torch import Tensor
 
 from engine.activations import capture
 from engine.artifacts import can_begin, load_tensors, save_tensors
+from engine.budget import Budget
 from engine.checking import able
 from engine.distributed import ALONE, World, digest, identity
 from engine.effects import Effects
 from engine.intervention import Mode, Positions, read_patch, read_values
-from engine.metrics import Metric, MetricFunction, read_metric
+from engine.metrics import Metric, MetricFunction, log_probability, read_metric
 from engine.patching import patch
 from engine.prefix import Prefix, as_prefix, compute, patched_positions, shareable
 from engine.progress import track
-from engine.tasks.scoring import Example, ExampleLike, as_example, first_token
+from engine.tasks.scoring import Answer, Example, ExampleLike, Scored, as_example, scored_tokens, with_answer
 from models import Model, PromptLike
-from models.reading import as_int, read_seed, read_tensor, tokenise
+from models.reading import as_int, read_list, read_seed, read_tensor
 from models.shapes import Bool, Float, Integer
 
 Ablation: TypeAlias = Literal["zero", "mean", "resample"]
 Groups: TypeAlias = Mapping[str, Tensor | np.ndarray] | Literal["heads", "layers"]
-Tokens: TypeAlias = Sequence[Integer | str] | Tensor | np.ndarray | None
+Answers: TypeAlias = Sequence[Answer] | Tensor | np.ndarray | None
+BY_ANSWER = ("probability", "log_probability", "logit_difference")  # metrics of all tokens of an answer
 
 
 def sweep(
@@ -48,8 +49,9 @@ def sweep(
     *,
     source: Sequence[PromptLike] | None = None,
     metric: Metric | Callable[[Tensor], Tensor] = "probability",
-    targets: Tokens = None,
-    others: Tokens = None,
+    targets: Answers = None,
+    others: Answers = None,
+    scored: Scored = "answer",
     groups: Groups = "heads",
     positions: Positions = -1,
     mode: Mode = "replace",
@@ -69,8 +71,11 @@ def sweep(
                way round: denoising.
     metric:    "probability" (of the target; default), "log_probability", "logit_difference" (target less other),
                "rank", "kl" (to the unpatched run), or a function of logits Float[rows, vocab].
-    targets:   a token a prompt: its id, or text as it follows the prompt, of which the first token is taken.
-    others:    likewise, the second token of "logit_difference".
+    targets:   an answer a prompt: text as it follows the prompt, a token id, or a list of them.
+    others:    likewise, the second answer of "logit_difference": log P(target) - log P(other).
+    scored:    of an answer of several tokens: "answer" (default): all of it, each token after those before it, the
+               prompt patched at the same positions; still one pass. "token_mean": log-probabilities a token, and
+               probabilities' geometric mean. "first_token". "kl" and functions of your own see the first token's.
     groups:    "heads" (default), "layers", or masks by name (`engine.groups` makes some): what is patched together.
     positions: one, or a list, of which each is patched by itself. Default: the last token.
     mode:      "replace" the heads' output, or "add" the values, then a tensor, to it.
@@ -90,7 +95,7 @@ def sweep(
     >>> effects.patched.shape == (1, model.shape.n_layers, model.shape.n_heads)
     True
     """
-    asked = read(model, prompts, values, source, metric, targets, others, positions, mode, seed)
+    asked = read(model, prompts, values, source, metric, targets, others, positions, mode, seed, scored)
     masks, names = read_groups(model, groups)
     budget = Budget(model, memory)
     known = dict(asked.known, mode=mode, groups=digest(list(names or ()), masks))
@@ -106,14 +111,14 @@ def sweep(
 
     for i in track(range(done, len(clean)), f"sweep of {len(masks)} units", progress and world.rank == 0):
         n = mine.start + i
-        prompt, (new, logits) = asked.prompts[n], asked.patched_in(n)
+        prompt, (new, source_run) = asked.prompts[n], asked.patched_in(n)
         if len(asked.at) > 1:
             prompt = computed(prompt, asked.at)
         for p, position in enumerate(asked.at):
             scores, unpatched = _scores(asked, n, prompt, masks, new[p], position, mode, budget)
             clean[i], patched[i, p] = scores[0], scores[1:]
-        if logits is not None:
-            found["reference"][i] = asked.score(n, logits, unpatched)
+        if source_run is not None:
+            found["reference"][i] = asked.scores(n, source_run, unpatched)[0]
         if mark is not None:
             save_tensors(mark, {name: scores[: i + 1] for name, scores in found.items()}, part)
 
@@ -131,7 +136,8 @@ class Asked:
 
     sources: a prompt for each prompt, or none, where `values` says what is patched in.
     at:      positions, patched one at a time. several: they were given as a list.
-    metric:  its name. function: the metric itself, of tokens that `targets` and `others` have for each prompt.
+    metric:  its name. function: the metric itself, of tokens that `targets` and `others` have for each prompt: those of
+             an answer that count.
     """
 
     model: Model
@@ -142,18 +148,17 @@ class Asked:
     several: bool
     metric: str
     function: MetricFunction
-    targets: list[int] | None
-    others: list[int] | None
+    targets: list[list[int]] | None
+    others: list[list[int]] | None
     seed: int
+    scored: Scored = "answer"
 
     @torch.no_grad()
-    def patched_in(
-        self, n: int
-    ) -> tuple[Float[Tensor, "positions layers heads head_dim"], Float[Tensor, "1 vocab"] | None]:
-        """What is patched into prompt n at each position; and the logits of the run it came from, if of a source."""
+    def patched_in(self, n: int) -> tuple[Float[Tensor, "positions layers heads head_dim"], Prefix | None]:
+        """What is patched into prompt n at each position; and the prompt it came from, if a source."""
         if self.sources:
             whole = computed(self.sources[n], self.at)
-            return activations(whole, self.at), patch(self.model, whole, heads=None, values=None)
+            return activations(whole, self.at), whole
         if isinstance(self.values, Tensor):
             values = self.values[n] if self.values.ndim == 4 else self.values
             return values.expand(len(self.at), *values.shape), None
@@ -177,10 +182,36 @@ class Asked:
         order, turn = torch.randperm(size, generator=random), torch.randint(1, size, (), generator=random)
         return dict(zip(order.tolist(), order.roll(int(turn)).tolist(), strict=True))
 
-    def score(self, n: int, logits: Float[Tensor, "rows vocab"], clean: Float[Tensor, " vocab"]) -> Tensor:
-        """The metric of rows of prompt n; clean: logits of its unpatched run."""
-        target, other = (None if tokens is None else tokens[n] for tokens in (self.targets, self.others))
-        return self.function(logits, target, other, clean)
+    def answers(self, n: int) -> list[list[int]]:
+        """The answers that prompt n is continued with, each a pass of its own: one, or none but its first token; two
+        where the logits of one token do not tell the difference between them.
+        """
+        if self.targets is None or self.metric not in BY_ANSWER:
+            return [[0]]
+        both = [self.targets[n], *([self.others[n]] if self.others and self.metric == "logit_difference" else [])]
+        return both if len(both) == 2 and max(map(len, both)) > 1 else both[:1]
+
+    def scores(
+        self, n: int, prompt: Prefix, clean: Float[Tensor, " vocab"] | None, position: int = -1, **patched: Any
+    ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
+        """The metric of rows of a prompt, and their logits at its last token; differentiable in the values patched in.
+
+        n:     whose targets count. clean: those logits of its unpatched run; None: the first row's.
+        """
+        position, answers = position % len(prompt.tokens), self.answers(n)
+        each = []
+        for answer in answers:
+            grown = with_answer(self.model, prompt, answer)
+            logits = patch(self.model, grown, positions=position, **patched)
+            first = logits if grown.places == 1 else logits[:, 0]
+            clean = first[0].detach().clone() if clean is None else clean  # a view would keep those of all rows
+            if len(answers) == 1 and len(answer) == 1:
+                target, other = (None if ids is None else ids[n][0] for ids in (self.targets, self.others))
+                return self.function(logits, target, other, clean), first
+            log_p = log_probability(logits.view(len(logits), len(answer), -1), answer, None, clean)
+            each.append(log_p / len(answer) if self.scored == "token_mean" else log_p)
+        score = each[0] if len(each) == 1 else each[0] - each[1]
+        return (score.exp() if self.metric == "probability" else score), first
 
     @property
     def known(self) -> dict[str, Any]:
@@ -225,22 +256,27 @@ def read(
     values: Tensor | np.ndarray | Ablation | None,
     source: Sequence[PromptLike] | None,
     metric: Metric | Callable[[Tensor], Tensor],
-    targets: Tokens,
-    others: Tokens,
+    targets: Answers,
+    others: Answers,
     positions: Positions,
     mode: Mode = "replace",
     seed: Integer = 0,
+    scored: Scored = "answer",
 ) -> Asked:
     """The arguments of `sweep`, checked; nothing has run. Raises ValueError, TypeError or IndexError."""
     where, seed = read_patch(model, None, None, positions, mode), read_seed(seed)
     values = cast("Tensor | Ablation | None", read_tensor(values, "values"))
     given, targets = _read_prompts(prompts, targets)
     ready = [as_prefix(model, prompt) for prompt in given]
-    target_ids = read_tokens(model, given, targets, "targets")
-    other_ids = read_tokens(model, given, others, "others")
+    if scored not in get_args(Scored):
+        raise ValueError(f"scored must be one of {list(get_args(Scored))}, got {scored!r}")
+    target_ids = read_answers(model, given, targets, "targets", scored)
+    other_ids = read_answers(model, given, others, "others", scored)
     function = read_metric(metric, target_ids, other_ids, prompts=len(ready), vocab_size=model.shape.vocab_size)
-    for one in ready:
+    for n, one in enumerate(ready):
         patched_positions(where, one)
+        for ids in (target_ids, other_ids) if metric in BY_ANSWER else ():
+            with_answer(model, one, ids[n] if ids else [0])
     sources = _read_source(model, ready, source, where.positions)
     if (source is None) == (values is None):
         raise ValueError("expected either values or source, what is patched in")
@@ -258,10 +294,10 @@ def read(
     name = metric if isinstance(metric, str) else "custom"
     several = as_int(positions) is None
     at = where.positions
-    return Asked(model, ready, sources, values, at, several, name, function, target_ids, other_ids, seed)
+    return Asked(model, ready, sources, values, at, several, name, function, target_ids, other_ids, seed, scored)
 
 
-def _read_prompts(prompts: Sequence[PromptLike | ExampleLike], targets: Tokens) -> tuple[list[PromptLike], Tokens]:
+def _read_prompts(prompts: Sequence[PromptLike | ExampleLike], targets: Answers) -> tuple[list[PromptLike], Answers]:
     if isinstance(prompts, (str, Example)) or not isinstance(prompts, Sequence) or not len(prompts):
         raise ValueError(f"expected a list of prompts, got {prompts!r:.80}")
     examples = [example for one in prompts if (example := as_example(one)) is not None]
@@ -272,27 +308,20 @@ def _read_prompts(prompts: Sequence[PromptLike | ExampleLike], targets: Tokens) 
     return list(prompts), targets  # type: ignore[arg-type]
 
 
-def read_tokens(model: Model, prompts: Sequence[PromptLike], tokens: Tokens, what: str) -> list[int] | None:
-    """A token id a prompt; of text the first token, as it follows the prompt. Warns where text has several."""
-    if tokens is None:
+def read_answers(
+    model: Model, prompts: Sequence[PromptLike], answers: Answers, what: str, scored: str
+) -> list[list[int]] | None:
+    """The tokens that count of each prompt's answer."""
+    if answers is None:
         return None
-    tokens = read_tensor(tokens, what)
-    tokens = tokens.tolist() if isinstance(tokens, Tensor) else tokens
-    if isinstance(tokens, str) or not isinstance(tokens, Sequence) or len(tokens) != len(prompts):
-        raise ValueError(f"{what} must be a token for each of {len(prompts)} prompts, got {tokens!r:.80}")
-    for n, token in enumerate(tokens):
-        if not isinstance(token, str) and as_int(token) is None:
-            raise TypeError(f"{what} must be text or token ids, got {token!r} for prompt {n}")
-    found = [first_token(model, Example(*pair)) for pair in zip(prompts, tokens, strict=True)]
-    longer = [text for text in tokens if isinstance(text, str) and _n_tokens(model, text) > 1]
-    if longer:
-        said = f"{len(longer)} of {len(tokens)} {what} have several tokens ({longer[0]!r}); the first is scored"
-        warnings.warn(said, stacklevel=4)
-    return found
-
-
-def _n_tokens(model: Model, text: str) -> int:
-    return len(tokenise(text, model.tokenizer, add_special_tokens=False))
+    answers = read_tensor(answers, what)
+    answers = answers.tolist() if isinstance(answers, Tensor) else answers
+    if isinstance(answers, str) or not isinstance(answers, Sequence) or len(answers) != len(prompts):
+        raise ValueError(f"{what} must be an answer for each of {len(prompts)} prompts, got {answers!r:.80}")
+    for n, answer in enumerate(answers):
+        if not isinstance(answer, str) and None in map(as_int, read_list(answer)):
+            raise TypeError(f"{what} must be text or token ids, got {answer!r} for prompt {n}")
+    return [scored_tokens(model, Example(*pair), scored) for pair in zip(prompts, answers, strict=True)]
 
 
 def read_groups(model: Model, groups: Groups) -> tuple[Bool[Tensor, "units layers heads"], list[str] | None]:
@@ -343,63 +372,6 @@ def computed(prompt: Prefix, at: Sequence[int]) -> Prefix:
     return compute([prompt], [shareable(prompt, last)])[0]
 
 
-class Budget:
-    """How many rows may run at once; fewer after memory ran out.
-
-    A row takes its logits, twice in the metric's precision, and of its tokens the scores and widest activations: of one
-    layer at a time, or of all if a graph is kept.
-    """
-
-    def __init__(self, model: Model, memory: Integer | None, graph: bool = False):
-        if memory is not None and (as_int(memory) or 0) < 1:
-            raise ValueError(f"memory must be a positive number of bytes, got {memory!r}")
-        self.bytes = as_int(memory) or free_bytes(model.device) // 8
-        shape, size = model.shape, model.dtype.itemsize
-        layers = shape.n_layers if graph else 1
-        self._row = shape.vocab_size * (size + 2 * max(4, size))
-        self._token = layers * 16 * shape.d_model * size
-        self._key = layers * 3 * shape.n_heads * max(4, size)
-        self.most = 2**31
-
-    def rows(self, prompt: Prefix, position: int) -> int:
-        """Of a prompt, patched at a position."""
-        n_tokens = len(prompt.tokens)
-        split = shareable(prompt, position % n_tokens)
-        row = self._row + (n_tokens - split) * (self._token + n_tokens * self._key)
-        return max(1, min(self.most, self.bytes // row))
-
-    def passes(self, n_rows: int, prompt: Prefix, position: int, run: Callable[[Prefix, slice], None]) -> None:
-        """`run(prompt, some)` for slices of the rows, as many at once as fit. More than one share a prefix."""
-        start = 0
-        while start < n_rows:
-            some = slice(start, min(n_rows, start + self.rows(prompt, position)))
-            if some != slice(0, n_rows):
-                prompt = computed(prompt, [position])
-            try:
-                run(prompt, some)
-            except RuntimeError as error:
-                if some.stop - some.start == 1 or not _out_of_memory(error):
-                    raise
-                self.most = (some.stop - some.start) // 2
-                continue
-            start = some.stop
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free there; on the CPU, where the system does not say, 4 GiB."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except OSError:
-        return 4 * 2**30
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 @torch.no_grad()
 def _scores(
     asked: Asked,
@@ -413,17 +385,35 @@ def _scores(
 ) -> tuple[Float[Tensor, " unpatched_and_units"], Float[Tensor, " vocab"]]:
     """The metric of the unpatched run and, after it, of every unit; and the unpatched run's logits."""
     rows = torch.cat([torch.zeros_like(masks[:1]), masks])
-    scores, clean = torch.empty(len(rows), dtype=torch.float64), torch.empty(0)
+    scores = torch.empty(len(rows), dtype=torch.float64)
+    clean: Tensor | None = None
 
     def run(prompt: Prefix, some: slice) -> None:
         nonlocal clean
-        logits = patch(asked.model, prompt, heads=rows[some], values=values, positions=position, mode=mode)
+        given = dict(heads=rows[some], values=values, mode=mode)
+        found, logits = asked.scores(n, prompt, clean if some.start else None, position, **given)
         if not some.start:
             clean = logits[0].clone()  # a view would keep those of all rows
-        scores[some] = asked.score(n, logits, clean).double().cpu()
+        scores[some] = found.double().cpu()
 
-    budget.passes(len(rows), prompt, position, run)
-    return scores, clean
+    in_passes(asked, n, budget, len(rows), prompt, position, run)
+    return scores, clean  # type: ignore[return-value]
+
+
+def in_passes(
+    asked: Asked,
+    n: int,
+    budget: Budget,
+    n_rows: int,
+    prompt: Prefix,
+    position: int,
+    run: Callable[[Prefix, slice], None],
+) -> None:
+    """`run(prompt, some)` for slices of the rows of prompt n, as many at once as fit. More than one share a prefix."""
+    longest = with_answer(asked.model, prompt, max(asked.answers(n), key=len))
+    fit = partial(budget.rows, longest, position % len(prompt.tokens))
+    whole = prompt if fit() >= n_rows and budget.most >= n_rows else computed(prompt, [position])
+    budget.passes(n_rows, fit, lambda some: run(whole, some))
 
 
 def _resume(mark: Path | None, part: dict[str, Any], found: Mapping[str, Tensor]) -> int:

@@ -203,7 +203,8 @@ class HuggingFace:
         prefix: KeyValues | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         steer: Steer | None = None,
-    ) -> Float[Tensor, "batch vocab"]:
+        logits: int = 1,
+    ) -> Float[Tensor, "batch *places vocab"]:
         batch, n_tokens = tokens.shape
         body = self.body
         given: dict[str, Any] = {"input_ids": tokens, "use_cache": prefix is not None}
@@ -216,14 +217,15 @@ class HuggingFace:
             given[key] = value if batch == 1 else value.repeat(batch, *[1] * (value.ndim - 1))
         with self._running(body, Call()):
             # A slice: an integer makes some models cut their last layers short (Gemma4).
-            return self._call(edit, steer, None, logits_to_keep=slice(-1, None), **given)[:, -1]
+            out = self._call(edit, steer, None, logits_to_keep=slice(-logits, None), **given)[:, -logits:]
+        return out[:, 0] if logits == 1 else out
 
     def pack(
         self,
         segments: Sequence[Segment],
         edit: Edit | None = None,
         keep: bool = False,
-        logits: bool = True,
+        logits: int = 1,
         steer: Steer | None = None,
     ) -> Packed:
         layered = bool(segments[0].entry)
@@ -234,9 +236,7 @@ class HuggingFace:
             how = "come in layer by layer" if layered else "be packed"
             raise UnsupportedModelError(f"rows of {self.name} cannot {how}: {refused}")
         layout = Layout(segments, keep, body.shape.n_layers)
-        n_segments, step = len(segments), max(1, layout.n_tokens)
-        # The last token of every row. No index tensor: the last layer may be on another device than the tokens.
-        last = slice(layout.first_row + step - 1, None if logits else 0, step)
+        last = layout.last_tokens(logits)
         rows = Rows(layout.first_row, layout.n_tokens)
         ids = layout.tokens()
         images: dict[str, Any] = dict(segments[0].inputs)
@@ -264,7 +264,7 @@ class HuggingFace:
             )
         if "logits_to_keep" not in self._accepts:
             out = out[:, last]
-        found = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
+        found = layout.by_row(out[0], logits)
         return Packed(found, layout.contexts, layout.rows) if keep else Packed(found)
 
     def packs_images(self, prompt: Encoded) -> bool:
@@ -293,7 +293,7 @@ class HuggingFace:
             return [self._prefill_one(prompt, n) for prompt, n in zip(prompts, lengths, strict=True)]
         none = torch.empty(0, 0, dtype=torch.long, device=self.device)
         segments = [Segment(prompt.ids[:n], none) for prompt, n in zip(prompts, lengths, strict=True)]
-        return self.pack(segments, keep=True, logits=False).contexts
+        return self.pack(segments, keep=True, logits=0).contexts
 
     def _prefill_one(self, prompt: Encoded, n_tokens: int) -> KeyValues:
         """By the model's own attention, with its pixels; the positions it gives are read off on the way."""

@@ -205,9 +205,11 @@ class Segment:
 
 @dataclass
 class Packed:
-    """What a packed forward returns: last-token logits of every row and, when kept, keys and values a segment."""
+    """What a packed forward returns: logits of every row's last token, or of its last ones in order (`places`); when
+    kept, keys and values a segment.
+    """
 
-    logits: Float[Tensor, "segments rows vocab"]
+    logits: Float[Tensor, "segments rows *places vocab"]
     contexts: list[KeyValues] = field(default_factory=list)
     rows: list[KeyValues] = field(default_factory=list)
 
@@ -272,8 +274,10 @@ class Model(Protocol):
         prefix: KeyValues | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         steer: Steer | None = None,
-    ) -> Float[Tensor, "batch vocab"]:
-        """Plain forward of equally long rows, each continuing `prefix` if given: logits of the last token.
+        logits: int = 1,
+    ) -> Float[Tensor, "batch *places vocab"]:
+        """Plain forward of equally long rows, each continuing `prefix` if given: logits of the last token, or of so
+        many last ones.
 
         The model's own attention and cache; `edit` sees z [batch, tokens, heads, head_dim].
         inputs: of the whole prompt (pixels), the same for every row.
@@ -285,13 +289,13 @@ class Model(Protocol):
         segments: Sequence[Segment],
         edit: Edit | None = None,
         keep: bool = False,
-        logits: bool = True,
+        logits: int = 1,
         steer: Steer | None = None,
     ) -> Packed:
         """All rows of all segments in one sequence. Segments have equally many rows of equal length;
         `edit` sees z [segments * rows, tokens, heads, head_dim], never the contexts'. A segment with `entry` is alone;
         `edit` then sees the rows that are in. One with `inputs` is alone, and for models that pack images.
-        keep: return keys and values; logits: project to the vocabulary (else `logits` has no rows).
+        keep: return keys and values; logits: of so many last tokens of every row (0: of no row).
         """
         ...
 

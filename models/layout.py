@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.calls import Hook
 from models.interface import KeyValues, Segment, UnsupportedModelError
-from models.shapes import Bool, Int
+from models.shapes import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,22 @@ class Layout:
         rows = [(start + torch.arange(self.n_tokens, device=device)).repeat(self.n_rows) for start in starts]
         return torch.cat([*contexts, *rows])[None]
 
-    def last_tokens(self, device: torch.device) -> Int[Tensor, " rows"]:
-        """Index in the sequence of the last token of every row."""
-        count = len(self.segments) * self.n_rows
-        return self.first_row + self.n_tokens * torch.arange(1, count + 1, device=device) - 1
+    def last_tokens(self, places: int = 1) -> slice | Int[Tensor, " rows_places"]:
+        """Where in the sequence the last tokens of every row are, so many of each.
+
+        A slice where it can be, else an index on the CPU: the last layer may be on any device.
+        """
+        if places in (0, self.n_tokens):
+            return slice(self.first_row, None if places else 0)
+        if places == 1:
+            return slice(self.first_row + self.n_tokens - 1, None, self.n_tokens)
+        tokens = self.first_row + torch.arange(len(self.segments) * self.n_rows * self.n_tokens)
+        return tokens.view(-1, self.n_tokens)[:, -places:].flatten()
+
+    def by_row(self, x: Float[Tensor, "rows_places vocab"], places: int) -> Float[Tensor, "segments rows *n vocab"]:
+        """Logits at `last_tokens`, by segment and row; with an axis of their own if there are several a row."""
+        sizes = (len(self.segments), self.n_rows if places else 0)
+        return x.unflatten(0, sizes if places < 2 else (*sizes, places))
 
     def rows_in(self, length: int) -> int:
         """Rows of each segment that are in, in a layer whose sequence is so long: with `entry` they come in later."""

@@ -68,7 +68,7 @@ class TransformerLens(HuggingFace):
         segments: Sequence[Segment],
         edit: Edit | None = None,
         keep: bool = False,
-        logits: bool = True,
+        logits: int = 1,
         steer: Steer | None = None,
     ) -> Packed:
         if refused := self.rules().packed:
@@ -76,7 +76,7 @@ class TransformerLens(HuggingFace):
         if any(segment.length is not None for segment in segments):
             raise UnsupportedModelError(f"{self.name} packs rows by a dense mask, which takes no buffer filled in part")
         layout = Layout(segments, keep, self.shape.n_layers)
-        n_segments, last = len(segments), layout.last_tokens(self.device)[: None if logits else 0]
+        last = layout.last_tokens(logits)
         cache = dense.fill(layout)
         with self._running(self._body, Call()):
             out = self._call(
@@ -92,7 +92,7 @@ class TransformerLens(HuggingFace):
             )
         if "logits_to_keep" not in self._accepts:
             out = out[:, last]
-        rows = out[0].unflatten(0, (n_segments, layout.n_rows if logits else 0))
+        rows = layout.by_row(out[0], logits)
         if not keep:
             return Packed(rows)
         dense.keep(layout, cache)

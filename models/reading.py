@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from operator import index
 from typing import Any
 
@@ -113,3 +114,10 @@ def read_tensor(given: Any, what: str) -> Any:
         kind = "on the device meta" if given.is_meta else "nested" if given.is_nested else f"of layout {given.layout}"
         raise TypeError(f"{what} must be a dense tensor with values, got one {kind}")
     return given
+
+
+def read_list(given: Any) -> list[Any]:
+    """What a sequence or an array holds; of anything else a list."""
+    given = read_tensor(given, "integers")
+    given = given.tolist() if isinstance(given, Tensor) else given
+    return list(given) if isinstance(given, Sequence) else [given]

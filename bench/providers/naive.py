@@ -43,6 +43,6 @@ class Naive(Provider):
 def generate(model: Model, ids: Tensor, heads: Tensor, values: Tensor, new_tokens: int, strategy: Any) -> Tensor:
     """`engine.generate`, its texts (numbers) read back as ids."""
     options: dict[str, Any] = dict(heads=heads, values=values, max_new_tokens=new_tokens, strategy=strategy)
-    answers = engine.generate(model, ids, **options)
+    answers = engine.generate(model, ids, patched="all", **options)
     texts: Any = [answers] if isinstance(answers, str) else answers  # of one prompt: a text, or one a row
     return torch.tensor([[int(token) for token in text.split()] for text in texts], device=ids.device)

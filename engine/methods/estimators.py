@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from engine.checking import able
 from engine.prefix import Prefix, compute, shareable
 from engine.runner import segments
+from engine.tasks.scoring import with_answer
 from models import Edit, Model, UnsupportedModelError
 from models.shapes import Float
 
@@ -34,16 +35,17 @@ def leave_one_out(losses: Float[Tensor, " rollouts"]) -> Float[Tensor, " rollout
 
 
 def gated(
-    model: Model, gates: Float[Tensor, "rows layers heads"], means: Float[Tensor, "layers heads head_dim"]
+    model: Model, gates: Float[Tensor, "rows layers heads"], means: Float[Tensor, "layers heads head_dim"], at: int = -1
 ) -> Edit:
-    """The edit z + g (mean - z) at each row's last token: exactly z where g is 0, exactly the mean where it is 1."""
+    """The edit z + g (mean - z) at one token of each row: exactly z where g is 0, exactly the mean where it is 1."""
     gates = model.own_heads(gates.to(model.device), -1)[:, None, :, :, None]  # [rows, 1, L, H, 1]
     means = model.own_heads(means.to(model.device), -2)
 
     def edit(layer: int, z: Tensor) -> Tensor:
         # A copy: a backend writes to z, and the backward pass reads what it was.
-        last = z[:, -1:].clone().lerp(means[layer][:, : z.shape[-1]].to(z), gates[:, :, layer].to(z))
-        return torch.cat([z[:, :-1], last], dim=1)
+        token, new = z.shape[1] + at, means[layer][:, : z.shape[-1]].to(z)
+        one = z[:, token : token + 1].clone().lerp(new, gates[:, :, layer].to(z))
+        return torch.cat([z[:, :token], one, z[:, token + 1 :]], dim=1)
 
     return edit
 
@@ -53,45 +55,56 @@ def gated_logits(
     prompts: Sequence[Prefix],
     gates: Float[Tensor, "prompts rollouts layers heads"],
     means: Float[Tensor, "layers heads head_dim"],
-) -> Float[Tensor, "prompts rollouts vocab"]:
-    """Of the last token; differentiable in the gates. Prefixes are as they were computed, without a graph."""
+) -> Float[Tensor, "prompts rollouts *places vocab"]:
+    """Gated at each prompt's token `-places`, read from there on; differentiable in the gates.
+
+    Prefixes are as they were computed, without a graph.
+    """
     found = able(model, prompts)
-    rollouts = gates.shape[1]
+    rollouts, places = gates.shape[1], prompts[0].places
     if not any(can.why_not("packed", len(prompt.tokens)) for can, prompt in zip(found, prompts, strict=True)):
-        packed = segments(prompts, [len(prompt.tokens) - 1 for prompt in prompts], rollouts)
-        return model.pack(packed, gated(model, gates.flatten(0, 1), means)).logits
+        packed = segments(prompts, [len(prompt.tokens) - places for prompt in prompts], rollouts)
+        return model.pack(packed, gated(model, gates.flatten(0, 1), means, -places), logits=places).logits
     logits = []
     for prompt, rows in zip(prompts, gates, strict=True):
-        split = shareable(prompt, len(prompt.tokens) - 1)
+        split = shareable(prompt, len(prompt.tokens) - places)
         prompt = compute([prompt], [split])[0]
         ids = prompt.tokens[split:].expand(rollouts, -1)
         prefix, inputs = (prompt.cache[:split], None) if split else (None, prompt.prompt.inputs)
-        logits.append(model.forward(ids, gated(model, rows, means), prefix, inputs))
+        logits.append(model.forward(ids, gated(model, rows, means, -places), prefix, inputs, logits=places))
     return torch.stack(logits)
 
 
 def gate_gradients(
     model: Model,
     prompts: Sequence[Prefix],
-    targets: Sequence[int],
+    targets: Sequence[Sequence[int]],
     gates: Float[Tensor, "prompts rollouts layers heads"],
     means: Float[Tensor, "layers heads head_dim"],
+    mean: bool = False,
 ) -> tuple[Float[Tensor, "prompts rollouts"], Float[Tensor, "prompts rollouts layers heads"]]:
-    """Cross-entropy of each target, in nats, and its gradient with respect to each gate; on the CPU, in float32.
+    """Cross-entropy of each answer, in nats, and its gradient with respect to each gate; on the CPU, in float32.
 
-    prompts: computed up to their last token (`PrefixPool`), unless the model cannot share that.
+    prompts: computed up to their last token (`PrefixPool`), unless the model cannot share that. mean: over tokens.
 
     Raises UnsupportedModelError for a model that records no gradients. Those of the weights are neither made nor
     changed, whether they require them or not.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        gates = gates.detach().clone().requires_grad_()
-        logits = gated_logits(model, prompts, gates, means).float()
-        if not logits.requires_grad:
-            raise UnsupportedModelError(
-                f"{model.name} records no gradients: search by estimator='reinforce' or 'leave_one_out'"
-            )
-        target = torch.tensor(targets, device=logits.device).repeat_interleave(gates.shape[1])
-        losses = cross_entropy(logits.flatten(0, 1), target, reduction="none").view(gates.shape[:2])
-        gradients = torch.autograd.grad(losses.sum(), gates)[0]
-    return losses.detach().cpu(), gradients.float().cpu()
+        losses, gradients = gates.new_empty(gates.shape[:2]), torch.empty_like(gates)
+        for n in sorted({len(answer) for answer in targets}):  # those of one length share a forward
+            alike = [i for i, answer in enumerate(targets) if len(answer) == n]
+            some = gates[alike].detach().clone().requires_grad_()
+            grown = [with_answer(model, prompts[i], targets[i]) for i in alike]
+            logits = gated_logits(model, grown, some, means).float()
+            if not logits.requires_grad:
+                raise UnsupportedModelError(
+                    f"{model.name} records no gradients: search by estimator='reinforce' or 'leave_one_out'"
+                )
+            logits = logits.view(*some.shape[:2], n, -1)
+            target = torch.tensor([targets[i] for i in alike], device=logits.device)[:, None].expand(logits.shape[:3])
+            each = cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
+            loss = each.mean(dim=-1) if mean else each.sum(dim=-1)
+            losses[alike] = loss.detach().to(losses)
+            gradients[alike] = torch.autograd.grad(loss.sum(), some)[0].to(gradients)
+    return losses.detach().float().cpu(), gradients.float().cpu()

@@ -3,9 +3,9 @@
     theta [L, H];  p = sigmoid(theta)
     each step, on one example:
         lambda_k ~ Bernoulli(p)                          k = 1..32 rollouts
-        L_k = cross-entropy of the answer's first token, with z[l, h] := mean[l, h] where lambda_k[l, h]
+        L_k = cross-entropy of the answer, z[l, h] := mean[l, h] where lambda_k[l, h]    (its first token, or all of it)
         theta <- Adam(theta, grad of sum_k log p(lambda_k) A_k)
-    heads = one draw from p, or the best of several
+    heads = one draw from sigmoid(theta), or the best of several
 
 The 32 rollouts of a step are rows of one forward; prompts come back, so their prefixes are kept. Ranks share out the
 rows: each draws all masks, runs its own, is told the losses of the others, and makes the same update.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -44,10 +44,21 @@ from engine.methods.search import PRESETS, Preset, Search, read_checkpoint
 from engine.prefix import Prefix, PrefixPool
 from engine.progress import track
 from engine.rowstep import RowStep
-from engine.tasks.scoring import AT_ONCE, Example, ExampleLike, first_token, first_token_losses, read_examples
+from engine.tasks.scoring import (
+    AT_ONCE,
+    Example,
+    ExampleLike,
+    Scored,
+    answer_losses,
+    read_examples,
+    scored_tokens,
+    with_answer,
+)
 from models import Model
 from models.reading import read_int, read_seed
 from models.shapes import Bool, Float, Integer
+
+HELD_OUT = 50  # examples, at most, that choose among the candidates
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,10 @@ def extract(
     estimator: Estimator = "reinforce",
     rollouts: Integer | None = None,
     prompts_per_step: Integer = 1,
+    loss: Scored = "first_token",
     lr: float | np.floating[Any] = 0.1,
     seed: Integer = 0,
+    threshold: float | np.floating[Any] = 0.0,
     validation: Sequence[ExampleLike] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: Integer = 10,
@@ -95,7 +108,13 @@ def extract(
     rollouts:   head masks a step, each run on every prompt of it (default 32); straight_through: masks a prompt
                 (default 1); relaxed draws none (1).
     prompts_per_step: examples whose mean loss a step lowers; default 1.
-    validation: examples that choose among the candidates; default 50 of `examples` (as the reference code does).
+    loss:       of an answer's first token (default, the method's own), of all of it ("answer": the sum over its tokens,
+                the mask at the prompt's last token only; the reference code's other loss, with rollouts=8), or of a
+                token of it ("token_mean").
+    threshold:  heads of a probability up to this are never drawn at the end; default 0. The reference code: 0.8 for
+                one of its models.
+    validation: examples that choose among the candidates of the end; default a third of `examples`, 50 at most, drawn
+                by the seed, which are not searched on then (the reference code takes some of its whole training file).
     checkpoint: a file. Written every `checkpoint_every` steps; if it is there, the search goes on from it and ends with
                 the same theta, bit by bit, as one that was never interrupted (same machine and number of threads).
     at_once:    rollouts (by gates: prompts) that run together; default as in the checkpoint, or else all, shared
@@ -128,25 +147,36 @@ def extract(
         raise ValueError(f"expected checkpoint_every >= 1, got checkpoint_every={checkpoint_every}")
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function of a Step, got {on_step!r}")
-    lr, examples = float(lr), read_examples(examples)
+    if loss not in get_args(Scored):
+        raise ValueError(f"loss must be one of {list(get_args(Scored))}, got {loss!r}")
+    if not isinstance(threshold, Real) or not 0 <= threshold < 1:
+        raise ValueError(f"threshold must be a probability from 0 to below 1, got {threshold!r}")
+    lr, threshold, examples = float(lr), float(threshold), read_examples(examples)
     choosing = read_examples(validation, "validation examples") if validation else []
     shape = (model.shape.n_layers, model.shape.n_heads)
     means = read_values(model, means, torch.ones(1, *shape, dtype=torch.bool))
     if means.ndim != 3:
         raise ValueError(f"means must have shape {[*shape, model.shape.head_dim]}, got {list(means.shape)}")
-    targets = [first_token(model, example) for example in examples]
+    if not choosing:
+        examples, choosing = _held_out(examples, seed) if chosen.candidates > 1 else (examples, examples[:HELD_OUT])
+    targets = [scored_tokens(model, example, loss) for example in examples]
     pool = PrefixPool(model, [example.prompt for example in examples])
+    for prompt, target in zip(pool.prompts, targets, strict=True):
+        with_answer(model, prompt, target)
     # What is wrong with the validation examples is said now, not after the search.
-    unseen = [[first_token(model, one), *model.encode(one.prompt).tolist()] for one in choosing]
+    wanted = [scored_tokens(model, one, loss) for one in choosing]
+    unseen = [with_answer(model, one.prompt, ids).tokens.tolist() for one, ids in zip(choosing, wanted, strict=True)]
 
     settings: dict[str, Any] = dict(
-        preset=preset, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step, lr=lr, seed=seed
-    )
+        preset=preset, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step, loss=loss, lr=lr,
+        seed=seed,
+    )  # fmt: skip
     search = Search(chosen, shape, lr, seed, estimator)
     identity = _identity(model, means, pool.prompts, targets, settings)
     if world.size > 1:
         rest = dict(checkpoint=checkpoint is not None, checkpoint_every=checkpoint_every, at_once=at_once, steps=steps)
-        world.same(identity | rest | model_identity(model) | dict(means=digest(means), validation=digest(unseen)))
+        rest |= dict(means=digest(means), validation=digest(unseen, wanted), threshold=threshold)
+        world.same(identity | rest | model_identity(model))
     saved: tuple[dict[str, Tensor], int] | None = None
     if checkpoint is not None and (saved := world.from_first(lambda: read_checkpoint(checkpoint, identity))):
         search.load(saved[0])
@@ -161,7 +191,8 @@ def extract(
             f"{world.size} ranks: give at_once={even}, for the same search up to rounding, or start fewer ranks"
         )
 
-    replay = None if by_gates else _replay(model, pool, at_once)
+    replay = None if by_gates or loss != "first_token" else _replay(model, pool, at_once)
+    mean = loss == "token_mean"
     kept, each = search.step, rollouts * prompts_per_step
     try:
         shown = progress and not on_step and world.rank == 0
@@ -171,10 +202,11 @@ def extract(
             asked = [targets[index] for index in drawn]
             if by_gates:
                 gates = search.draw_gates(prompts_per_step, rollouts)
-                losses, gradient = _run_gates(model, pool, drawn, asked, gates, means, at_once, world)
+                losses, gradient = _run_gates(model, pool, drawn, asked, gates, means, mean, at_once, world)
             else:
                 masks = search.draw(rollouts)
-                losses = _run(model, [pool[index] for index in drawn], asked, masks, means, at_once, world, replay)
+                prompts = [pool[index] for index in drawn]
+                losses = _run(model, prompts, asked, masks, means, mean, at_once, world, replay)
             for index, finite in zip(drawn, losses.isfinite().all(dim=1).tolist(), strict=True):
                 if not finite:
                     raise ValueError(
@@ -190,7 +222,8 @@ def extract(
             if on_step:
                 rate, p = each / (time.perf_counter() - started), search.probabilities()
                 on_step(Step(search.step, steps, search.losses[-1], p.sum().item(), rate, p))
-        mask, validation_loss = _choose(model, search, means, examples, targets, pool, choosing, world)
+        candidates = search.draw_candidates(threshold)
+        mask, validation_loss = _choose(model, candidates, means, choosing, wanted, mean, world)
     except LostRankError as error:
         where = f"{kept} are in {checkpoint}: the same call goes on from there" if kept else "none are in a checkpoint"
         raise LostRankError(f"{error}; of {search.step} steps made {where}") from error
@@ -201,6 +234,7 @@ def extract(
         model=model.name,
         shape=model.shape.as_dict(),
         steps=steps,
+        threshold=threshold,
         validation_loss=validation_loss,
         losses=search.losses,
         versions=versions(),
@@ -265,9 +299,10 @@ def _replay(model: Model, pool: PrefixPool, at_once: int) -> RowStep | None:
 def _run(
     model: Model,
     prompts: Sequence[Prefix],
-    targets: Sequence[int],
+    targets: Sequence[Sequence[int]],
     masks: Bool[Tensor, "rollouts layers heads"],
     means: Float[Tensor, "layers heads head_dim"],
+    mean: bool,
     at_once: int,
     world: World,
     replay: RowStep | None,
@@ -280,11 +315,11 @@ def _run(
         if len(rows):
             if replay is not None and len(beside) == replay.rows:
                 found = torch.stack([
-                    _losses(replay(prompt, heads=beside, values=means), target)
+                    _losses(replay(prompt, heads=beside, values=means), target[0])
                     for prompt, target in zip(prompts, targets, strict=True)
                 ])  # fmt: skip
             else:
-                found = first_token_losses(model, prompts, targets, heads=beside, values=means)
+                found = answer_losses(model, prompts, targets, heads=beside, values=means, mean=mean)
             losses = torch.cat([losses, found[:, : len(rows)].T.cpu()])
     return _told(world, losses, masks, at_once).T
 
@@ -298,9 +333,10 @@ def _run_gates(
     model: Model,
     pool: PrefixPool,
     drawn: Sequence[int],
-    targets: Sequence[int],
+    targets: Sequence[Sequence[int]],
     gates: Float[Tensor, "prompts rollouts layers heads"],
     means: Float[Tensor, "layers heads head_dim"],
+    mean: bool,
     at_once: int,
     world: World,
 ) -> tuple[Float[Tensor, "prompts rollouts"], Float[Tensor, "layers heads"]]:
@@ -311,7 +347,7 @@ def _run_gates(
     for start in range(mine.start, mine.stop, at_once):
         some = slice(start, min(start + at_once, mine.stop))
         prompts = [pool[index] for index in drawn[some]]
-        losses, gradients = gate_gradients(model, prompts, targets[some], gates[some], means)
+        losses, gradients = gate_gradients(model, prompts, targets[some], gates[some], means, mean)
         found = torch.cat([found, torch.cat([losses, gradients.mean(dim=1).flatten(1)], dim=1)])
     said = _told(world, found, gates, at_once)
     return said[:, :rollouts], said[:, rollouts:].mean(dim=0).view(shape)
@@ -326,43 +362,45 @@ def _told(world: World, found: Float[Tensor, "share any"], drawn: Tensor, at_onc
     return said[:, :-1].float()
 
 
+def _held_out(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to search on, and a third of them, 50 at most, to choose by; of fewer than three all for both."""
+    count = min(HELD_OUT, len(examples) // 3)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept = set(order[:count])
+    searched = [example for n, example in enumerate(examples) if n not in kept]
+    return searched, [examples[n] for n in order[:count]] or examples
+
+
 def _choose(
     model: Model,
-    search: Search,
+    candidates: Bool[Tensor, "candidates layers heads"],
     means: Tensor,
     examples: Sequence[Example],
-    targets: Sequence[int],
-    pool: PrefixPool,
-    validation: Sequence[Example],
+    targets: Sequence[Sequence[int]],
+    mean: bool,
     world: World,
 ) -> tuple[Bool[Tensor, "layers heads"], float]:
-    """The candidate with the lowest mean loss on the validation examples, and that loss."""
-    candidates = search.draw(search.preset.candidates)
+    """The candidate with the lowest mean loss on the examples, and that loss."""
     if world.size > 1:
         world.same({"candidates": digest(candidates)})
     # Prompts that share forwards stay together: the bits do not depend on the number of ranks.
-    n = len(validation or examples[:50])
-    share = world.share(n, AT_ONCE)
-    if validation:
-        prompts: list[Any] = [example.prompt for example in validation[share]]
-        targets = [first_token(model, example) for example in validation[share]]
-    else:
-        some = torch.randperm(len(examples), generator=search.random)[:50].tolist()[share]
-        prompts, targets = [pool[i] for i in some], [targets[i] for i in some]
+    share = world.share(len(examples), AT_ONCE)
     losses = torch.zeros(0, len(candidates))
-    if prompts:
-        losses = first_token_losses(model, prompts, targets, heads=candidates, values=means)
-    losses = world.gather(losses, n, AT_ONCE).mean(dim=0)
+    if examples[share]:
+        prompts = [example.prompt for example in examples[share]]
+        losses = answer_losses(model, prompts, targets[share], heads=candidates, values=means, mean=mean)
+    losses = world.gather(losses, len(examples), AT_ONCE).mean(dim=0)
     best = int(losses.argmin())
     return candidates[best], losses[best].item()
 
 
 def _identity(
-    model: Model, means: Tensor, prompts: Sequence[Prefix], targets: Sequence[int], settings: dict[str, Any]
+    model: Model, means: Tensor, prompts: Sequence[Prefix], targets: Sequence[Sequence[int]], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint must agree with to be continued."""
     digest = hashlib.sha256(means.detach().float().cpu().numpy().tobytes())
-    digest.update(json.dumps([[p.tokens.tolist() for p in prompts], list(targets)]).encode())
+    known = [ids[0] for ids in targets] if settings["loss"] == "first_token" else list(targets)
+    digest.update(json.dumps([[p.tokens.tolist() for p in prompts], known]).encode())
     for prompt in prompts:
         for pixels in prompt.prompt.inputs.values():
             digest.update(pixels.cpu().numpy().tobytes())

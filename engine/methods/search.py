@@ -73,8 +73,15 @@ class Search:
         return torch.randint(n, (count,), generator=self.random).tolist()
 
     def draw(self, rollouts: int) -> Bool[Tensor, "rollouts layers heads"]:
-        p = self.probabilities().expand(rollouts, -1, -1)
-        return torch.bernoulli(p, generator=self.random).bool()
+        return self._draw(self.probabilities(), rollouts)
+
+    def draw_candidates(self, threshold: float) -> Bool[Tensor, "candidates layers heads"]:
+        """From sigmoid(theta) itself, nothing clamped; heads of a probability up to `threshold` are left out."""
+        p = self.theta.detach().sigmoid()
+        return self._draw(p.masked_fill(p <= threshold, 0), self.preset.candidates)
+
+    def _draw(self, p: Float[Tensor, "layers heads"], times: int) -> Bool[Tensor, "times layers heads"]:
+        return torch.bernoulli(p.expand(times, -1, -1), generator=self.random).bool()
 
     def draw_gates(self, prompts: int, rollouts: int) -> Float[Tensor, "prompts rollouts layers heads"]:
         """Masks of each prompt's own; relaxed: the probabilities."""
@@ -134,7 +141,11 @@ def read_checkpoint(path: str | Path, identity: dict[str, Any]) -> tuple[dict[st
     if can_begin(path):
         return None
     tensors, saved = load_tensors(path, ("theta", "exp_avg", "exp_avg_sq", "random", "losses"))
-    saved = {"estimator": "reinforce", "prompts_per_step": 1} | saved  # older files were of nothing else
+    saved = {
+        "estimator": "reinforce",
+        "prompts_per_step": 1,
+        "loss": "first_token",
+    } | saved  # older files were of nothing else
     differing = sorted(key for key in identity if saved.get(key) != identity[key])
     if differing:
         was, now = ({key: one.get(key) for key in differing} for one in (saved, identity))

@@ -41,7 +41,7 @@ def extract(
     examples:   prompts of one demonstration and a query, with the query's answer; at least `iterations`. The first
                 `iterations` give the means; each step of the search draws one of all of them.
     iterations: prompts that are averaged, and steps of the search; default 10 each.
-    rollouts, lr, seed, validation: as in `engine.mtv.extract`.
+    rollouts, lr, seed: as in `engine.mtv.extract`. validation: that choose among ten draws; default all of `examples`.
 
     Raises ValueError for fewer examples than iterations, and as `engine.mtv.extract`.
 
@@ -60,8 +60,8 @@ def extract(
     check_examples(model, [*examples, *unseen])  # before the means
     means = mean_activations(model, [example.prompt for example in examples[:iterations]], progress=progress)
     vector = mtv.extract(
-        model, examples, means, steps=iterations, rollouts=rollouts, lr=lr, seed=seed, validation=validation,
-        progress=progress,
+        model, examples, means, steps=iterations, rollouts=rollouts, lr=lr, seed=seed,
+        validation=validation or examples, progress=progress,
     )  # fmt: skip
     vector.metadata["method"] = "vtv"
     return vector

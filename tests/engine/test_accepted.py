@@ -115,7 +115,7 @@ def test_values_of_other_verbs(model, given, tmp_path):
     heads, values = given["heads"], given["values"]
     array = values.numpy()
     assert engine.generate(model, IDS, heads=heads, values=array) == engine.generate(model, IDS, **given)
-    assert engine.evaluate(model, "x", EXAMPLES, heads=heads[:1], values=array).queries == 3
+    assert engine.evaluate(model, "x", EXAMPLES, heads=heads[:1], values=array, by="first_token").queries == 3
     step = engine.RowStep(model, rows=2, context=8)
     assert torch.equal(step(IDS, heads=heads.numpy(), values=array), step(IDS, **given))
     for verb in (engine.sweep, engine.attribute):
@@ -256,7 +256,9 @@ def test_plain_pairs(model, given, pairs):
     hits = engine.fv.hits_by_layer(model, pairs, found[0].vector.numpy())
     assert torch.equal(hits, engine.fv.hits_by_layer(model, EXAMPLES, found[0].vector))
     assert torch.equal(tasks.first_token_hits(model, pairs), tasks.first_token_hits(model, EXAMPLES))
-    assert engine.evaluate(model, "x", pairs).hits == engine.evaluate(model, "x", EXAMPLES).hits
+    assert engine.evaluate(model, "x", pairs, by="first_token") == engine.evaluate(
+        model, "x", EXAMPLES, by="first_token"
+    )
     for verb in (engine.sweep, engine.attribute):
         assert torch.equal(
             verb(model, pairs, "zero", progress=False).patched, verb(model, EXAMPLES, "zero", progress=False).patched

@@ -82,8 +82,8 @@ def everything(world, folder, at_once=None):
     path = Path(folder) / f"rank{world.rank}" / "search.ckpt"
     checked = dict(validation=VALIDATION, checkpoint=path, checkpoint_every=5)
     done["resumed"] = plain(engine.mtv.extract(model, EXAMPLES, MEANS, steps=12, **options, **checked))
-    score = engine.evaluate(model, "zero-shot", EXAMPLES, heads=[(1, 2)], values=MEANS, world=world)
-    done["score"] = [score.hits, score.queries, score.tokens]
+    score = engine.evaluate(model, "zero-shot", EXAMPLES, heads=[(1, 2)], values=MEANS, world=world, by="first_token")
+    done["score"] = [score.scores, score.low, score.high]
     return done
 
 

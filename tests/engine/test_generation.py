@@ -14,29 +14,153 @@ ENDINGS = [(kind, "auto") for kind in KINDS] + [("llama", "expanded"), ("llama",
 COUNT = 9  # more than mistral's window of 7
 
 
-def by_hand(model, prompt, mask, values, mode):
-    """The tokens of one row, by `naive.patch` alone: its answer so far is patched with the last prompt token."""
+def by_hand(model, prompt, mask, at_step, mode="replace", count=COUNT):
+    """The tokens of one row, by hooks on transformers' own forward over the text so far; at_step: values, or None."""
     ids = model.encode(prompt)
     n_prompt = len(ids)
-    for _ in range(COUNT):
-        positions = list(range(n_prompt - 1, len(ids)))
-        logits = engine.naive.patch(model, ids, heads=mask, values=values, positions=positions, mode=mode)
-        ids = torch.cat([ids, logits[0].argmax()[None]])
+
+    def hook(layer):
+        def before(_, args):
+            x = args[0].clone()
+            z = x.view(*x.shape[:-1], model.shape.n_heads, -1)
+            for position in range(n_prompt - 1, len(ids)):
+                values = at_step(position - n_prompt + 1)
+                if values is not None:
+                    new = values[layer][mask[layer]]
+                    z[0, position, mask[layer]] = new + (z[0, position, mask[layer]] if mode == "add" else 0)
+            return (x, *args[1:])
+
+        return before
+
+    handles = [p.register_forward_pre_hook(Passing(hook(layer))) for layer, p in enumerate(model.projections)]
+    try:
+        for _ in range(count):
+            with torch.no_grad():
+                logits = model.hf.eval()(input_ids=ids[None]).logits[0, -1]
+            ids = torch.cat([ids, logits.argmax()[None]])
+    finally:
+        for handle in handles:
+            handle.remove()
     return model.decode(ids[n_prompt:])
 
 
-@pytest.mark.parametrize(("per_row", "mode"), [(False, "replace"), (True, "add")])
+PATCHED = {
+    "all": lambda step: True,
+    "prompt": lambda step: step == 0,
+    2: lambda step: step <= 2,
+    (1, 3): {1, 3}.__contains__,
+}
+
+
+@pytest.mark.parametrize(
+    ("patched", "per_row", "mode"),
+    [
+        ("all", False, "replace"),
+        ("all", True, "add"),
+        ("prompt", False, "replace"),
+        (2, True, "replace"),
+        ((1, 3), False, "add"),
+    ],
+)
 @pytest.mark.parametrize("family", KINDS)
-def test_agrees_with_full_forwards(tiny, draw, family, per_row, mode):
+def test_agrees_with_full_forwards(tiny, draw, family, patched, per_row, mode):
     """Several prompts, several rows, shared values and values of their own, by every strategy that is exact."""
     model = tiny(family)
     heads, values = draw(model, rows=2, per_row=per_row)
     values = 3 * values  # so that rows differ in what they say
-    options = dict(heads=heads, values=values, mode=mode, max_new_tokens=COUNT)
-    want = [[by_hand(model, t, heads[r], values[r] if per_row else values, mode) for r in (0, 1)] for t in TEXTS]
+    options = dict(heads=heads, values=values, mode=mode, patched=patched, max_new_tokens=COUNT)
+
+    def at_step(row):
+        return lambda step: (values[row] if per_row else values) if PATCHED[patched](step) else None
+
+    want = [[by_hand(model, text, heads[row], at_step(row), mode) for row in (0, 1)] for text in TEXTS]
     assert len({answer for rows in want for answer in rows}) > 1  # the patch, or the prompt, decides the answer
     for strategy in ("auto", "expanded", "batch", "naive", *(["packed"] if family in PACKED else [])):
         assert engine.generate(model, TEXTS, strategy=strategy, **options) == want, strategy
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_values_by_step(tiny, draw, family, random):
+    """A set of values for each step, shared by all rows or a row's own; nothing is patched after them."""
+    model = tiny(family)
+    heads, values = draw(model, rows=2)
+    steps = 3 * torch.randn(4, *values.shape, generator=random)
+    for by_step in (steps, torch.stack([steps, steps.flip(0)], dim=1)):
+        rows = by_step if by_step.ndim == 5 else by_step[:, None].expand(-1, 2, -1, -1, -1)
+
+        def at_step(row, rows=rows):
+            return lambda step: rows[step, row] if step < 4 else None
+
+        want = [[by_hand(model, text, heads[row], at_step(row)) for row in (0, 1)] for text in TEXTS]
+        for strategy in ("auto", "expanded", "batch", "naive"):
+            given = dict(heads=heads, values=by_step, by_step=True, patched="all", max_new_tokens=COUNT)
+            assert engine.generate(model, TEXTS, strategy=strategy, **given) == want, strategy
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_activations_of_generated_tokens(tiny, draw, family):
+    """What heads output at every step, as patched, against a forward over prompt and answer."""
+    model = tiny(family)
+    heads, values = draw(model, rows=2)
+    answers = engine.generate(model, TEXTS, heads=heads, values=values, patched=1, max_new_tokens=4, capture=True)
+    assert [[one.text for one in rows] for rows in answers] == engine.generate(
+        model, TEXTS, heads=heads, values=values, patched=1, max_new_tokens=4
+    )
+    for text, rows in zip(TEXTS, answers, strict=True):
+        for mask, answer in zip(heads, rows, strict=True):
+            ids = torch.cat([model.encode(text), answer.tokens])
+            at = torch.arange(len(model.encode(text)) - 1, len(ids))
+            positions = at[:2].tolist()
+            prompt = ids.tolist()
+            seen = []
+
+            def look(layer, z, mask=mask, positions=positions, at=at, seen=seen):
+                z[0, positions] = torch.where(mask[layer][:, None], values[layer], z[0, positions])
+                seen.append(z[0, at].clone())
+                return z
+
+            model.forward(torch.tensor(prompt)[None], look)
+            assert answer.z.shape == (len(answer.tokens) + 1, *values.shape)
+            assert (answer.z - torch.stack(seen, dim=1)).abs().max() <= 1e-5
+
+
+def test_steered_at_some_tokens_only(tiny, random):
+    """Steering obeys `patched` as heads do: against a model steered by hand at the prompt's last token."""
+    model = tiny("llama")
+    steering = engine.Steering(4 * torch.randn(model.shape.d_model, generator=random), 1)
+    first = engine.patch(model, TEXTS[0], steering=steering)[0].argmax()
+    ids = torch.cat([model.encode(TEXTS[0]), first[None]])
+    second = engine.naive.patch(model, ids, steering=steering, positions=-2)[0].argmax()
+    both = engine.naive.patch(model, ids, steering=steering, positions=[-2, -1])[0].argmax()
+    for patched, want in (("prompt", second), ("all", both)):
+        got = engine.generate(model, TEXTS[0], steering=steering, patched=patched, max_new_tokens=2)
+        assert got == model.decode(torch.stack([first, want]))
+
+
+def test_memory_bounds_rows_not_answers(tiny, draw):
+    """In parts that a budget takes, and after memory ran out."""
+    model = tiny("llama")
+    heads, values = draw(model, rows=5)
+    given = dict(heads=heads, values=values, max_new_tokens=5)
+    want = engine.generate(model, TEXTS, **given)
+    for memory in (1, 40_000):
+        assert engine.generate(model, TEXTS, memory=memory, **given) == want
+
+
+def test_answers_are_told_as_they_come(tiny, draw):
+    model = tiny("llama")
+    heads, values = draw(model, rows=2)
+    given = dict(heads=heads, values=values, max_new_tokens=7)
+    told = {}
+    stop = engine.generate(model, TEXTS, **given)[1][0][3:5]
+    for strategy in ("auto", "batch"):
+        told.clear()
+        want = engine.generate(
+            model, TEXTS, stop=[stop, "never"], strategy=strategy,
+            on_token=lambda prompt, row, text: told.setdefault((prompt, row), []).append(text), **given,
+        )  # fmt: skip
+        assert [["".join(told.get((p, r), [])) for r in (0, 1)] for p in range(3)] == want
+        assert max(map(len, told.values())) > 3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

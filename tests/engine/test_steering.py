@@ -86,7 +86,7 @@ def test_answers_are_steered_at_every_token(tiny, random, kind):
         logits = engine.naive.patch(model, ids, positions=positions, steering=steering)[0]
         ids.append(int(logits.argmax()))
     want = model.decode(torch.tensor(ids[n_prompt:]))
-    got = engine.generate(model, "Q: hot\nA:", steering=steering, max_new_tokens=6)
+    got = engine.generate(model, "Q: hot\nA:", steering=steering, patched="all", max_new_tokens=6)
     assert got == want
     assert got != engine.generate(model, "Q: hot\nA:", max_new_tokens=6)
 
