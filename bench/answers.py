@@ -6,7 +6,7 @@ import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.table import Table
 
@@ -14,6 +14,7 @@ import engine
 import models
 from engine import tasks
 from engine.artifacts import write_whole
+from engine.tasks.scoring import Scored
 
 WORDS = ("antonyms", "past_tense", "comparatives", "capitals")
 PATCHED: tuple[Any, ...] = ("prompt", 1, "all")
@@ -48,9 +49,9 @@ def measure(model: Any, task: Any, seed: int, steps: int, losses: Sequence[str])
     means = engine.mean_activations(model, prompts["many_shot"], progress=False)
     for loss in losses:
         vector = engine.mtv.extract(
-            model, prompts["searched"], means, steps=steps, loss=loss, seed=seed, validation=prompts["validation"],
-            progress=False,
-        )  # type: ignore[arg-type]  # fmt: skip
+            model, prompts["searched"], means, steps=steps, loss=cast(Scored, loss), seed=seed,
+            validation=prompts["validation"], progress=False,
+        )  # fmt: skip
         for patched in PATCHED:
             given = dict(heads=vector.heads, values=vector.values, patched=patched)
             found = scores(model, prompts["zero_shot"], **given)
@@ -59,7 +60,7 @@ def measure(model: Any, task: Any, seed: int, steps: int, losses: Sequence[str])
 
 def run(names: Sequence[str], seeds: int, steps: int, losses: Sequence[str], path: Path) -> list[dict[str, Any]]:
     """All records, kept in a file as they come: a run that is stopped goes on where it was."""
-    records = json.loads(path.read_text()) if path.is_file() else []
+    records: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
     for name in names:
         model = models.load("smollm2-135m" if name in tasks.SHIPPED else "smollm2-eyes")
         task = tasks.load(name)
@@ -74,7 +75,7 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     """Means and deviations over seeds."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for one in records:
-        key = (one["task"], one["way"], one.get("loss", ""), one.get("patched", ""))
+        key: tuple[str, ...] = (one["task"], one["way"], one.get("loss", ""), one.get("patched", ""))
         found.setdefault(key, []).append(one)
     shown = Table(title="mean over seeds, and standard deviation")
     for column in ("task", "asked", "searched by", "patched", "exact string", "first token"):

@@ -375,7 +375,7 @@ def search_line(quiet: bool) -> Iterator[Callable[[mtv.Step], None]]:
 
 
 def score_table(task: str, scores: list[tuple[Score, Score, Cost]]) -> Table:
-    """Accuracy of whole answers and of their first tokens, and cost, of each way to ask; tokens saved beside few-shot."""
+    """Accuracy of whole answers and of their first tokens, and cost, of each way; tokens saved beside few-shot."""
     few_shot = max(cost.tokens for *_, cost in scores)
     table = Table(title=f"{task}: {scores[0][0].queries} held-out words")
     for column in ("", "exact string", "95% interval", "first token", "tokens/query", "saved", "ms/query"):

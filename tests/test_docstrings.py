@@ -21,7 +21,7 @@ def public():
         "engine": (engine, engine.__all__),
         "engine.distributed": (engine.distributed, ["World", "joined"]),
         "engine.experiments": (engine.experiments, engine.experiments.__all__),
-        "engine.fv": (engine.fv, ["FunctionVector", "extract", "compose", "hits_by_layer"]),
+        "engine.fv": (engine.fv, ["FunctionVector", "extract", "begun", "compose", "hits_by_layer"]),
         "engine.groups": (engine.groups, ["layers", "pairs", "cumulative"]),
         "engine.metrics": (engine.metrics, ["read_metric", "check_scores"]),
         "engine.sav": (engine.sav, ["SparseAttentionVectors"]),

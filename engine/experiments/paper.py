@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from engine.experiments.setting import ANSWER_TOKENS, VALIDATION, AnyTask, Record, Setting, Way, brings_pair
-from engine.generation import generate
+from engine.experiments.setting import VALIDATION, AnyTask, Record, Setting, Way, brings_pair
 from engine.methods import function_vectors, vtv
 from engine.patching import patch
 from engine.tasks import Example
@@ -185,7 +184,7 @@ def _cost(s: Setting, examples: Sequence[Example], way: Way) -> Record:
 def _answer(s: Setting, example: Example, way: Way) -> None:
     patched: dict[str, Any] = dict(heads=way.mask, values=way.values)
     if getattr(s.task, "open_ended", False):
-        generate(s.model, example.prompt, max_new_tokens=ANSWER_TOKENS, stop="\n", **patched)
+        s.answers([example.prompt], **patched)
     else:
         patch(s.model, example.prompt, **patched).argmax(dim=-1).tolist()
 

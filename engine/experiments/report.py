@@ -80,7 +80,7 @@ def _table(rows: Sequence[Mapping[str, str]], seeds: int) -> str:
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in rows[0])
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
     spread = f"Mean ± standard deviation over {seeds} seeds" if seeds > 1 else "One seed, with 95% intervals"
-    scored = "Scores are of an answer's first token, with open answers the VQA accuracy of its text."
+    scored = "Accuracy is of an answer's first token (open answers: the VQA accuracy), exact of the whole string."
     return (
         f"<table><caption>{spread}. {scored}</caption><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
     )

@@ -17,8 +17,7 @@ from engine.artifacts import TaskVector, write_whole
 from engine.evaluation import wilson
 from engine.experiments import report
 from engine.experiments.paper import EXPERIMENTS, FOUR, baselines, main
-from engine.experiments.setting import ANSWER_TOKENS, AnyTask, Options, Record, Setting
-from engine.generation import generate
+from engine.experiments.setting import AnyTask, Options, Record, Setting
 from engine.intervention import check_model
 from engine.methods import mtv
 from models import Model
@@ -28,6 +27,7 @@ SHOWN = {"one_shot": "one-shot", "order": "order-0", "scaling": "of-100"}
 SAMPLES = 8  # held-out questions of a page whose answers are shown
 MEASURES = {
     "accuracy": "accuracy",
+    "exact": "exact string",
     "within": "among the labels",
     "heads": "heads patched",
     "tokens": "tokens a query",
@@ -77,7 +77,7 @@ def _cell(measure: str, values: Sequence[int | float], queries: int) -> str:
     if not values:
         return ""
     mean = sum(values) / len(values)
-    if measure not in ("accuracy", "within"):
+    if measure not in ("accuracy", "exact", "within"):
         return f"{mean:.1f}"
     if len(values) == 1:
         low, high = wilson(round(mean * queries), queries)
@@ -197,9 +197,8 @@ def _samples(setting: Setting) -> list[dict[str, str]]:
     found: list[dict[str, str]] = [{} for _ in setting.held_out[:SAMPLES]]
     for way, (n, patched) in asked.items():
         prompts = [example.prompt for example in setting.queries(n)[:SAMPLES]]
-        answers = generate(setting.model, prompts, max_new_tokens=ANSWER_TOKENS, stop="\n", **patched)
-        for answer, of in zip(answers, found, strict=True):
-            said = str(answer).strip()
+        for (answer,), of in zip(setting.answers(prompts, **patched), found, strict=True):
+            said = answer.strip()
             of[way] = next((label for label in labels if re.match(rf"{re.escape(label)}\b", said)), said)
     return found
 
@@ -213,7 +212,11 @@ def _write(results: Results, tasks: Sequence[AnyTask], samples: dict[str, list[d
     )  # fmt: skip
     write_whole(folder / "results.json", json.dumps(said, indent=1) + "\n")
     title, pictures = f"{name}, {results.model}", {}
-    measures = [measure for measure in ("accuracy", "milliseconds", "memory_mib") if measure in records[0]]
+    measures = [
+        measure
+        for measure in ("accuracy", "exact", "milliseconds", "memory_mib")
+        if records[0].get(measure) is not None
+    ]
     for measure in measures:
         path = folder / ("scores.png" if measure == "accuracy" else f"{measure}.png")
         values: dict[str, dict[str, list[float]]] = {}

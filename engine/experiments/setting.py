@@ -17,11 +17,13 @@ from torch import Generator, Tensor
 from engine.activations import mean_activations
 from engine.artifacts import TaskVector
 from engine.distributed import digest, identity
+from engine.evaluation import exact
 from engine.generation import generate
 from engine.intervention import Steering
 from engine.methods import mtv
+from engine.methods.search import PRESETS
 from engine.patching import patch
-from engine.prefix import Prefix, as_prefix
+from engine.prefix import Prefix, as_prefix, compute, shareable
 from engine.progress import track
 from engine.tasks import Example, Task, first_token
 from engine.tasks.pictures import PictureTask
@@ -31,6 +33,7 @@ from models import Model, PromptLike
 from models.shapes import Bool, Float
 
 ANSWER_TOKENS = 10  # of a generated answer, and it ends with its line: appendix C of the paper
+PRESET = PRESETS["reference"]
 RANDOM_DRAWS = 5  # of heads, as many as the task vector has
 VALIDATION = 50  # examples that choose among a search's candidates
 
@@ -125,7 +128,15 @@ class Setting:
         """What results that are kept must agree with: model and weights, task and its questions, seed, sizes."""
         sizes = {key: value for key, value in asdict(self.options).items() if key != "seeds"}
         said = [_said(self.task, question) for part in self.split for question in part]
-        return {**identity(self.model), "task": self.task.name, "data": digest(said), "seed": self.seed, **sizes}
+        ways = {"answers": "exact, or the reference code's"}
+        return {
+            **identity(self.model),
+            **ways,
+            "task": self.task.name,
+            "data": digest(said),
+            "seed": self.seed,
+            **sizes,
+        }
 
     def path(self, name: str) -> Path:
         """Of a vector of this task and seed."""
@@ -167,23 +178,28 @@ class Setting:
         examples: of `queries`. steering: added in each way.
 
         accuracy: of the first token; of tasks with open answers, the VQA accuracy of the generated text.
-        within:   the same where only the labels' first tokens may be answered; None without labels.
+        exact:    of the whole string, the patch at the prompt's last token; None for open answers.
+        within:   as accuracy, where only the labels' first tokens may be answered; None without labels.
         """
         heads, values = _rows(ways)
         labels = getattr(self.task, "labels", ())
         right: list[list[float]] = []  # [examples][ways]
         within: list[list[float]] = []
+        exactly: list[list[float]] = []
         tokens: list[int] = []
         for start in track(range(0, len(examples), AT_ONCE), f"{self.task.name}, {ways[0].name}", self.progress):
             some = examples[start : start + AT_ONCE]
             prompts = [as_prefix(self.model, example.prompt) for example in some]
             tokens += [len(prompt.tokens) for prompt in prompts]
+            prompts = compute(prompts, [shareable(prompt, len(prompt.tokens) - 1) for prompt in prompts])
             patched: dict[str, Any] = dict(heads=heads, values=values, steering=steering)
             if getattr(self.task, "open_ended", False):
                 right += self._vqa(self.held_out[start : start + AT_ONCE], prompts, len(ways), patched)
                 continue
             with torch.no_grad():
                 logits = patch(self.model, prompts, **patched).float().cpu()  # [prompts, ways, vocab]
+            for example, said in zip(some, self.answers(prompts, len(ways), **patched), strict=True):
+                exactly.append([exact(answer, example) for answer in said])
             target = torch.tensor([[first_token(self.model, example)] for example in some])
             right += (logits.argmax(dim=-1) == target).float().tolist()
             if labels:
@@ -201,14 +217,16 @@ class Setting:
         records = []
         for name in dict.fromkeys(way.name for way in ways):
             rows = [row for row, way in enumerate(ways) if way.name == name]
-            accuracy, among = (
-                fmean(scores[row] for scores in found for row in rows) if found else None for found in (right, within)
+            accuracy, whole, among = (
+                fmean(scores[row] for scores in found for row in rows) if found else None
+                for found in (right, exactly, within)
             )
             n_heads = sum(int(mask.sum()) for row in rows if (mask := ways[row].mask) is not None) // len(rows)
             records.append(
                 dict(
                     way=name,
                     accuracy=accuracy,
+                    exact=whole,
                     within=among,
                     tokens=fmean(tokens),
                     queries=len(examples),
@@ -221,12 +239,17 @@ class Setting:
         self, questions: Sequence[Any], prompts: Sequence[Prefix], n_ways: int, patched: dict[str, Any]
     ) -> list[list[float]]:
         """VQA accuracy of each question's generated answer, in every way."""
-        answers: Any = generate(self.model, list(prompts), max_new_tokens=ANSWER_TOKENS, stop="\n", **patched)
-        rows: list[list[str]] = answers if n_ways > 1 else [[answer] for answer in answers]
         return [
             [accuracy(first_line(answer), question.answers or (question.answer.strip(),)) for answer in row]
-            for question, row in zip(questions, rows, strict=True)
+            for question, row in zip(questions, self.answers(prompts, n_ways, **patched), strict=True)
         ]
+
+    def answers(self, prompts: Sequence[PromptLike | Prefix], n_ways: int = 1, **patched: Any) -> list[list[str]]:
+        """Text, [prompts][ways]. Open answers as the reference code makes them: all tokens patched, cut at "." too."""
+        reference = getattr(self.task, "open_ended", False)
+        how = dict(patched=PRESET.patched, stop=PRESET.stops) if reference else dict(patched="prompt", stop="\n")
+        said = generate(self.model, list(prompts), max_new_tokens=ANSWER_TOKENS, **how, **patched)
+        return said if n_ways > 1 else [[answer] for answer in said]
 
     def demonstrations(self, query: Any, draw: random.Random) -> list[Any]:
         """As many as there are shots, about other pictures than the query's."""

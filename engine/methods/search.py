@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -24,6 +24,8 @@ class Preset:
     normalise:  advantage (L - mean) / (std + 1e-3), log-probabilities summed over rollouts; else A = L, averaged.
     in_order:   examples taken one after the other; else drawn with replacement.
     candidates: draws of heads, of which the best on the validation examples is kept.
+    patched:    tokens of an answer that are patched when it is generated (`engine.generate`).
+    stops:      where an answer is cut off.
     """
 
     steps: int
@@ -32,6 +34,8 @@ class Preset:
     normalise: bool
     in_order: bool
     candidates: int
+    patched: Literal["prompt", "all"] = "all"
+    stops: tuple[str, ...] = ("\n", ".")
 
 
 PRESETS = {
