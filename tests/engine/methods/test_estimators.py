@@ -12,6 +12,7 @@ from models import zoo
 
 PROMPTS = ["Q: hot\nA:", "Q: a longer one\nA:", "x"]
 TARGETS = [5, 7, 9]
+ANSWERS = [[5], [7], [9]]
 FAMILY = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "unpacked"])
 
 
@@ -50,7 +51,7 @@ def test_gradients_are_differences(tiny, family):
     model = tiny(family)
     means = means_of(model)
     gates = torch.rand(3, 2, *means.shape[:2], generator=torch.Generator().manual_seed(1))
-    losses, gradients = gate_gradients(model, prefixes(model), TARGETS, gates, means)
+    losses, gradients = gate_gradients(model, prefixes(model), ANSWERS, gates, means)
     step, checked = 1e-2, []
     for p, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         for r in range(2):
@@ -78,7 +79,7 @@ def test_the_model_is_left_alone(tiny, family):
     weights[0].grad = mark = torch.ones_like(weights[0])
     try:
         with torch.no_grad():
-            gate_gradients(model, prefixes(model), TARGETS, torch.full((3, 1, *means.shape[:2]), 0.3), means)
+            gate_gradients(model, prefixes(model), ANSWERS, torch.full((3, 1, *means.shape[:2]), 0.3), means)
             assert not torch.is_grad_enabled()
         assert torch.equal(weights[0].grad, torch.ones_like(mark))
         weights[0].grad = before[0][0]
@@ -94,8 +95,8 @@ def test_frozen_weights(model):
     frozen = models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="frozen")
     frozen.hf.requires_grad_(False)
     gates, means = torch.full((3, 1, 3, 6), 0.3), means_of(model)
-    found = gate_gradients(frozen, prefixes(frozen), TARGETS, gates, means)[1]
-    want = gate_gradients(model, prefixes(model), TARGETS, gates, means)[1]
+    found = gate_gradients(frozen, prefixes(frozen), ANSWERS, gates, means)[1]
+    want = gate_gradients(model, prefixes(model), ANSWERS, gates, means)[1]
     assert want.abs().max() > 0
     assert torch.allclose(found, want, atol=1e-6)
 
@@ -105,7 +106,7 @@ def test_a_model_without_gradients(monkeypatch):
     pack = model.pack
     monkeypatch.setattr(model, "pack", lambda *args, **options: torch.no_grad()(pack)(*args, **options))
     with pytest.raises(models.UnsupportedModelError, match="quantised records no gradients"):
-        gate_gradients(model, prefixes(model), TARGETS, torch.full((3, 1, 3, 6), 0.3), means_of(model))
+        gate_gradients(model, prefixes(model), ANSWERS, torch.full((3, 1, 3, 6), 0.3), means_of(model))
 
 
 def test_leave_one_out():

@@ -133,7 +133,7 @@ def test_losses_of_a_step_are_those_of_naive_patching(model, monkeypatch, estima
             return drawn[-1]
 
         monkeypatch.setattr(Search, name, record)
-    vector = search(model, steps=1, estimator=estimator, prompts_per_step=3)
+    vector = search(model, steps=1, estimator=estimator, prompts_per_step=3, validation=EXAMPLES)
     indices, rows = drawn[:2]
     means, losses = vector.values, []
     for n, index in enumerate(indices):
@@ -353,20 +353,25 @@ def test_relaxed_lowers_the_loss_of_gates(planted, preset):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_validation_decides_among_candidates(model, monkeypatch, given):
-    """The heads kept have the lowest mean loss of all candidates, by naive patching."""
-    drawn = []
-    draw = Search.draw
+    """The heads kept have the lowest mean loss of all candidates, by naive patching, on examples not searched on."""
+    drawn, searched = [], []
+    draw = Search.draw_candidates
 
-    def record(self, rollouts):
-        drawn.append(draw(self, rollouts))
+    def record(self, threshold):
+        drawn.append(draw(self, threshold))
         return drawn[-1]
 
-    monkeypatch.setattr(Search, "draw", record)
+    monkeypatch.setattr(Search, "draw_candidates", record)
+    monkeypatch.setattr(
+        engine.mtv, "PrefixPool", lambda model, prompts: searched.append(prompts) or engine.PrefixPool(model, prompts)
+    )
     validation = [Example("Q: xyz\nA:", " x"), Example("Q: q\nA:", " w"), Example("Hello", 50)] if given else None
     vector = search(model, steps=3, validation=validation)
     candidates = drawn[-1]
     assert len(candidates) == PRESETS["reference"].candidates == 10
-    used = validation or EXAMPLES
+    used = validation or [one for one in EXAMPLES if one.prompt not in searched[0]]
+    assert len(searched[0]) == (len(EXAMPLES) if given else len(EXAMPLES) - len(EXAMPLES) // 3)
+    assert used
     logits = engine.naive.patch(model, [e.prompt for e in used], heads=candidates, values=vector.values)
     targets = torch.tensor([engine.tasks.first_token(model, e) for e in used])
     losses = torch.stack([cross_entropy(logits[:, row], targets) for row in range(10)])
@@ -377,10 +382,57 @@ def test_validation_decides_among_candidates(model, monkeypatch, given):
 
 def test_the_paper_keeps_one_draw(model, monkeypatch):
     sizes = []
-    draw = Search.draw
-    monkeypatch.setattr(Search, "draw", lambda self, n: sizes.append(n) or draw(self, n))
+    draw = Search._draw
+    monkeypatch.setattr(Search, "_draw", lambda self, p, n: sizes.append(n) or draw(self, p, n))
     search(model, steps=3, preset="paper")
     assert sizes == [8, 8, 8, 1]
+
+
+def test_the_last_draw_is_not_clamped_and_may_be_of_likely_heads_only():
+    """Heads of probability 1e-9 are never drawn, those up to the threshold neither."""
+    made = Search(PRESETS["reference"], (3, 6), 0.1, 0)
+    with torch.no_grad():
+        made.theta[:] = -20.0
+        made.theta[1], made.theta[2] = 1.0, 20.0  # 0.73 and 1
+    counts = sum(made.draw_candidates(0.0).sum(dim=(0, 2)) for _ in range(50))
+    assert counts[0] == 0
+    assert 0.6 < counts[1] / 3000 < 0.85
+    assert counts[2] == 3000
+    assert made.draw_candidates(0.8).any(dim=2).tolist() == [[False, False, True]] * 10
+    assert made.draw(1000)[:, 0].any()  # on the way they are tried: the clamp
+
+
+@pytest.mark.parametrize("loss", ["answer", "token_mean"])
+@pytest.mark.parametrize("estimator", ["reinforce", "straight_through"])
+def test_the_loss_of_whole_answers(model, monkeypatch, estimator, loss):
+    """One step, answers of several lengths: against naive patching of the prompt with the answer behind it."""
+    drawn = []
+    for name in ("draw_examples", "draw", "draw_gates"):
+        plain = getattr(Search, name)
+        monkeypatch.setattr(
+            Search, name, lambda self, *args, plain=plain: drawn.append(plain(self, *args)) or drawn[-1]
+        )
+    examples = [Example("Q: hot\nA:", " cold"), Example("Q: up\nA:", "no"), Example("Q: big\nA:", "s")]
+    means = torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    by_gates = estimator == "straight_through"
+    vector = engine.mtv.extract(
+        model, examples, means, steps=1, estimator=estimator, rollouts=None if by_gates else 4, prompts_per_step=3,
+        loss=loss, validation=examples, progress=False,
+    )  # fmt: skip
+    indices, rows = drawn[:2]
+    losses = []
+    for n, index in enumerate(indices):
+        prompt, answer = model.encode(examples[index].prompt), model.tokenizer(examples[index].answer)["input_ids"]
+        ids = torch.cat([prompt, torch.tensor(answer)])
+        masks, total = rows[n].bool() if by_gates else rows, 0
+        for k, token in enumerate(answer):
+            logits = engine.naive.patch(
+                model, ids[: len(prompt) + k], heads=masks, values=means, positions=len(prompt) - 1
+            )
+            total = total + cross_entropy(logits, torch.full((len(masks),), token), reduction="none")
+        losses.append((total / (len(answer) if loss == "token_mean" else 1)).mean().item())
+    assert vector.metadata["losses"] == [pytest.approx(sum(losses) / 3, rel=1e-5)]
+    assert vector.metadata["loss"] == loss
 
 
 def test_what_is_recorded(model):

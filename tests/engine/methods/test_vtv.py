@@ -17,7 +17,8 @@ def test_it_is_its_algorithm(model):
     """The means of the first ten, then ten steps of the search."""
     vector = vtv.extract(model, ONE_SHOT, rollouts=8, seed=3, progress=False)
     means = engine.mean_activations(model, [example.prompt for example in ONE_SHOT[:10]], progress=False)
-    want = engine.mtv.extract(model, ONE_SHOT, means, steps=10, rollouts=8, seed=3, progress=False)
+    given = dict(steps=10, rollouts=8, seed=3, validation=ONE_SHOT, progress=False)
+    want = engine.mtv.extract(model, ONE_SHOT, means, **given)
     assert torch.equal(vector.values, means)
     assert torch.equal(vector.mask, want.mask)
     assert vector.metadata == want.metadata | {"method": "vtv"}
