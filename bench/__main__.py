@@ -22,6 +22,7 @@ from bench import compare as compare_runs
 from bench import estimators as estimators_case
 from bench import exactness as exactness_case
 from bench import families as families_case
+from bench import generation as generation_case
 from bench import memory as memory_case
 from bench import pictures as pictures_case
 from bench import records as records_of
@@ -190,6 +191,17 @@ def pictures(model: str = "smollm2-eyes", rounds: int = 5) -> None:
         table.add_row(key, sweeps_case.number(value))
     out.print(table)
     _record("pictures", [result])
+
+
+@app.command()
+def generation(model: str = "smollm2-135m", rows: int = 32, tokens: int = 128, rounds: int = 5) -> None:
+    """20 tokens of 32 rows patched at the prompt's last token, against transformers' generate on as many copies."""
+    result = generation_case.measure(models.load(model), rows, tokens, rounds=rounds)
+    table = Table(show_header=False, title=f"{rows} answers of 20 tokens, {model}")
+    for key, value in result.items():
+        table.add_row(key, sweeps_case.number(value))
+    out.print(table)
+    _record("generation", [result])
 
 
 @app.command()
