@@ -347,7 +347,9 @@ def experiment(
 
 
 def read_patched(patched: str) -> Patched:
-    return int(patched) if patched.isdigit() else patched  # type: ignore[return-value]
+    if patched in ("prompt", "all") or patched.isdigit():
+        return int(patched) if patched.isdigit() else patched  # type: ignore[return-value]
+    raise ValueError(f"--patched must be 'prompt', 'all' or a number of new tokens, got {patched!r}")
 
 
 def make_folder(folder: Path) -> None:

@@ -28,6 +28,8 @@ def folder(tmp_path_factory):
     result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
     assert result.exit_code == 0, result.output
     assert "zero-shot + MTV" in result.output
+    assert "exact" in result.output
+    assert "first" in result.output
     return folder / "out"
 
 
@@ -35,6 +37,8 @@ def test_extract_leaves_whole_files(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["curve.png", "heads.png", "results.json", "vector.safetensors"]
     results = json.loads((folder / "results.json").read_text())
     assert [score["name"] for score in results["scores"]] == ["zero-shot", "2-shot ICL", "zero-shot + MTV"]
+    assert all(0 <= score["exact"]["accuracy"] <= score["first_token"]["accuracy"] <= 1 for score in results["scores"])
+    assert all(score["tokens"] > 1 and score["seconds"] > 0 for score in results["scores"])
     assert len(results["losses"]) == results["steps"] == 3
     vector = TaskVector.load(folder / "vector.safetensors")
     assert [tuple(head) for head in results["heads"]] == vector.heads
@@ -45,8 +49,9 @@ def test_extract_leaves_whole_files(folder):
 
 
 def test_apply_and_info(folder):
-    result = run("apply", folder / "vector.safetensors", "up", "--max-new-tokens", 3)
-    assert result.exit_code == 0, result.output
+    for patched in ("prompt", "all", 2):
+        result = run("apply", folder / "vector.safetensors", "up", "--max-new-tokens", 3, "--patched", patched)
+        assert result.exit_code == 0, result.output
     assert "with the vector" in result.output
     result = run("info", folder / "vector.safetensors")
     assert result.exit_code == 0
@@ -78,13 +83,13 @@ def test_heads_of_another_task_on_top_of_one_shot(folder, tmp_path):
 
 def test_extract_by_gates(folder, tmp_path):
     options = {"task": folder.parent / "mine.jsonl", "shots": 2, "prompts": 4, "icl-shots": 2, "steps": 2}
-    options |= {"estimator": "relaxed", "prompts-per-step": 2, "out": tmp_path}
+    options |= {"estimator": "relaxed", "prompts-per-step": 2, "loss": "answer", "patched": "all", "out": tmp_path}
     result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
     assert result.exit_code == 0, result.output
     assert TaskVector.load(tmp_path / "vector.safetensors").metadata["estimator"] == "relaxed"
+    assert json.loads((tmp_path / "results.json").read_text())["loss"] == "answer"
 
 
-@pytest.mark.filterwarnings("ignore:.*several tokens")
 def test_fv(folder, tmp_path):
     options = dict(task=folder.parent / "mine.jsonl", k=3, shots=2, prompts=4, shuffled=1, out=tmp_path / "out")
     result = run("fv", *(part for key, value in options.items() for part in (f"--{key}", value)))
@@ -105,6 +110,8 @@ def test_fv(folder, tmp_path):
         (["extract", "--task", "synonyms"], "no task 'synonyms'"),
         (["extract", "--preset", "thesis", "--out", "OUT"], "preset must be one of"),
         (["extract", "--estimator", "guess", "--out", "OUT"], "estimator must be one of"),
+        (["extract", "--loss", "all", "--out", "OUT"], "--loss must be one of"),
+        (["extract", "--patched", "most", "--out", "OUT"], "--patched must be 'prompt', 'all' or a number"),
         (["extract", "--estimator", "relaxed", "--rollouts", "32", "--out", "OUT"], "draws no masks"),
         (["extract", "--heads-from", "missing.safetensors"], "no such file"),
         (["apply", "missing.safetensors", "hot", "--shot", "hot"], "no such file"),
