@@ -12,6 +12,7 @@ from engine.attribution import attribute
 from engine.effects import Effects
 from engine.evaluation import Score, evaluate
 from engine.generation import generate
+from engine.handover import start
 from engine.intervention import Patch, Steering
 from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
@@ -50,6 +51,7 @@ __all__ = [
     "plan",
     "prefill",
     "sav",
+    "start",
     "sweep",
     "vtv",
 ]
