@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from weakref import finalize, ref
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from models.calls import Call, Passing, current, go_on
-from models.hooks import hooked, steers
-from models.huggingface import HuggingFace, _expanded_cache
-from models.interface import Edit, Encoded, KeyValues, Steer, UnsupportedModelError
+from models.huggingface import HuggingFace, expanded_cache
+from models.interface import Edit, Encoded, KeyValues, Steer
 
 # What a forward of `batch` rows does to tokens [first, first + n_tokens) of each: (batch, first, n_tokens).
 Changes: TypeAlias = Callable[[int, int, int], tuple[Edit | None, Steer | None]]
@@ -32,85 +32,89 @@ class Mark:
 
 @dataclass(eq=False)
 class Forward(Call):
-    """A forward with the cache of a mark, or one within it; outer: what ran before. changes: what is undone after."""
+    """A forward with a cache of this mark, or one within it; outer: what was on its way. changes: undone after it."""
 
     mark: int = 0
     outer: Call | None = None
     changes: ExitStack = field(default_factory=ExitStack)
 
 
-def why_not_handed(model: HuggingFace) -> str:
+def why_not_handed(model: HuggingFace, steered: bool) -> str:
     """Why transformers cannot go on from a patched prompt on this model; empty if it can."""
-    hf, kind = model.hf, type(model.hf).__name__
+    hf, body, kind = model.hf, model.body, type(model.hf).__name__
     if not getattr(hf, "can_generate", lambda: False)():
         return f"{kind} has no generate of transformers"
-    if not hf._supports_default_dynamic_cache() or "mamba" in kind.lower():  # type: ignore[operator]
-        return f"{kind} makes a cache of its own kind, by which its forwards cannot be told"
-    if model._compiled or any(module._compiled_call_impl is not None for module in model.body.modules):
-        return "it is compiled, and compiled code does not look for hooks put in later: hand over the model as written"
-    return ""
+    if "past_key_values" not in model._accepts or not hf._supports_default_dynamic_cache():  # type: ignore[operator]
+        return f"{kind} keeps its past in a way of its own, by which its forwards cannot be told"
+    if model._compiled or any(module._compiled_call_impl is not None for module in body.modules):
+        return "it is compiled, and compiled code does not look for hooks put in later; wrap it as it was written"
+    if getattr(model, "_own_edits", None):
+        return "it has edits registered with nnsight, which transformers' generate does not make"
+    return "its blocks, after which to steer, were not found" if steered and not body.blocks else ""
 
 
 def hand_over(model: HuggingFace, prompt: Encoded, prefix: KeyValues, rows: int, copies: int) -> dict[str, Any]:
-    """What `model.hf.generate` goes on from: `rows` of the prompt, the cache with `copies` of each.
+    """What `model.hf.generate` goes on from: `rows` of the prompt, and a cache of `copies` of each.
 
-    prefix: of all tokens but the last; empty: the cache is empty too, and generate runs the prompt with its images.
+    prefix: of all tokens but the last; empty: so is the cache, and generate runs the prompt with its images.
     """
     from transformers import DynamicCache
 
-    ids = prompt.ids.expand(rows, -1).clone()
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": ids.new_ones(ids.shape)}
+    ids = prompt.ids.repeat(rows, 1)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if not len(prefix):
-        cache = DynamicCache(config=model.config)  # as generate makes it: hybrids need to be told of their layers
         images = {key: value.repeat(rows, *[1] * (value.ndim - 1)) for key, value in prompt.inputs.items()}
-        return {**given, **images, "past_key_values": cache}
+        # As generate makes it: hybrids have layers of several kinds.
+        return {**given, **images, "past_key_values": DynamicCache(config=model.config)}
     if any(hasattr(module, "rope_deltas") for module in model.body.remembering):
-        # Else such models count on from the images that they saw last.
-        given["position_ids"] = (ids.new_ones(ids.shape).cumsum(dim=1) - 1) + int(prefix.offset)
-    return {**given, "past_key_values": _expanded_cache(prefix, rows * copies)}
+        # Such models would count on from the images that they saw last.
+        places = torch.arange(ids.shape[1], device=ids.device) + int(prefix.offset)
+        given["position_ids"] = places.repeat(rows, 1)
+    return {**given, "past_key_values": expanded_cache(prefix, rows * copies)}
 
 
-def edit_forwards_with(cache: Any, model: HuggingFace, changes: Changes) -> None:
-    """As long as this cache, or a copy of it, is there: every forward that is given one is changed, in any thread.
-
-    `changes` is asked before each, and may raise; then nothing is computed.
+def change_forwards(cache: Any, model: HuggingFace, changes: Changes) -> None:
+    """As long as this cache or a copy of it is there: forwards of the model that are given one are changed, in any
+    thread. `changes` is asked before each, and may raise.
     """
-    mark, body = Mark(), model.body
+    mark = Mark()
     setattr(cache, MARK, mark)
     known, number = ref(mark), id(mark)
-    cut_short: list[ExitStack] = []  # by an interrupt
+    begun: list[ExitStack] = []  # an interrupt passes by the hook that ends them
 
     def enter(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
-        cache, now = given.get("past_key_values"), current()
-        if (found := getattr(cache, MARK, None)) is not None and found is known():
-            forward = Forward(mark=number, outer=now)
-            go_on(forward)
+        now, cache = current(), given.get("past_key_values")
+        found: Any = getattr(cache, MARK, None)
+        if cache is not None and found is not None and found is known():
+            here = Forward(mark=number, outer=now)
+            go_on(here)
             tokens = given.get("input_ids")
             batch, n_tokens = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
+            if given.get("use_cache") is False:
+                raise ValueError("a patched prompt goes on from its cache: generate was told use_cache=False")
             edit, steer = changes(batch, cache.get_seq_length(), n_tokens)
-            cut_short.append(forward.changes)
-            forward.changes.enter_context(model._edited(edit, None))
-            forward.changes.enter_context(hooked(lambda: steers(steer, body.blocks, None)))
-        elif isinstance(now, Forward) and now.mark == number:  # another forward, from within one of ours
+            here.changes.enter_context(model.changed(edit, steer))
+            begun.append(here.changes)
+        elif isinstance(now, Forward) and now.mark == number:  # another forward, from within one of these
             go_on(Forward(mark=number, outer=now))
 
     def leave(*_: Any) -> None:
-        if isinstance(now := current(), Forward) and now.mark == number:
+        now = current()
+        if isinstance(now, Forward) and now.mark == number:
             now.changes.close()
-            if now.changes in cut_short:
-                cut_short.remove(now.changes)
+            begun[:] = [changes for changes in begun if changes is not now.changes]
             go_on(now.outer)
 
     handles = [
         model.hf.register_forward_pre_hook(Passing(enter), with_kwargs=True),
-        # First of all: hooks of several caches leave in the reverse order of entering.
+        # Of several caches, the last to enter leaves first.
         model.hf.register_forward_hook(Passing(leave), prepend=True, always_call=True),
     ]
 
-    def gone() -> None:
+    def end() -> None:
         for handle in handles:
             handle.remove()
-        for changes in cut_short:
+        for changes in begun:
             changes.close()
 
-    finalize(mark, gone)
+    finalize(mark, end)

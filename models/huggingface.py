@@ -208,7 +208,7 @@ class HuggingFace:
         body = self.body
         given: dict[str, Any] = {"input_ids": tokens, "use_cache": prefix is not None}
         if prefix is not None:
-            given["past_key_values"] = _expanded_cache(prefix, batch)
+            given["past_key_values"] = expanded_cache(prefix, batch)
             # Counted on from the prefix: what a model would guess depends on what it last saw.
             start: Any = len(prefix) + prefix.offset
             given["position_ids"] = torch.arange(start, start + n_tokens, device=self.device).expand(batch, -1)
@@ -339,11 +339,17 @@ class HuggingFace:
 
     def _call(self, edit: Edit | None, steer: Steer | None, rows: Rows | None, **given: Any) -> Tensor:
         """The one place that runs the model: logits [batch, kept, vocab]. rows: where those are that `edit` sees."""
-        body = self._body
-        if steer and not body.blocks:
-            raise UnsupportedModelError(f"{self.name} cannot be steered: its blocks were not found")
-        with self._edited(edit, rows), hooked(lambda: steers(steer, body.blocks, rows)):
+        with self.changed(edit, steer, rows):
             return self._logits(given)
+
+    @contextmanager
+    def changed(self, edit: Edit | None, steer: Steer | None, rows: Rows | None = None) -> Iterator[None]:
+        """Within: what belongs to the call that is on its way is edited and steered, by hooks that are gone after."""
+        blocks = self._body.blocks
+        if steer and not blocks:
+            raise UnsupportedModelError(f"{self.name} cannot be steered: its blocks were not found")
+        with self._edited(edit, rows), hooked(lambda: steers(steer, blocks, rows)):
+            yield
 
     def _edited(self, edit: Edit | None, rows: Rows | None) -> Any:
         """Within: `edit` sees the input of every output projection, the last ones of rows only."""
@@ -367,7 +373,7 @@ def _embeddings(hf: nn.Module) -> Any:
         return None
 
 
-def _expanded_cache(prefix: KeyValues, rows: int) -> Any:
+def expanded_cache(prefix: KeyValues, rows: int) -> Any:
     """Transformers' cache of `rows` copies of the prefix; the copies are made layer by layer as rows append."""
     from transformers import DynamicCache
 
