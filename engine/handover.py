@@ -12,10 +12,10 @@ import torch
 from engine.capabilities import known
 from engine.checking import able
 from engine.intervention import Heads, Mode, Steering, Values
-from engine.prefix import Prefix, as_prefixes, compute, patched_positions, why_not_split
+from engine.prefix import Prefix, as_prefixes, patched_positions, why_not_split
 from engine.runner import make_edit, make_steer
 from engine.steps import Patched, Steps, read_steps
-from models import Capabilities, Edit, KeyValues, Model, PromptLike, Steer, UnsupportedModelError
+from models import Capabilities, Edit, Model, PromptLike, Steer, UnsupportedModelError
 from models.handing import Changes, change_forwards, hand_over, why_not_handed
 from models.huggingface import HuggingFace
 from models.reading import read_int
@@ -64,8 +64,8 @@ def start(
 
     Returns a mapping: input_ids [R, T], attention_mask [R, T], past_key_values (T - 1 tokens of R * copies rows; none
     where nothing can be shared, but the pixels), for one `model.hf.generate(**start, ...)`; `copy.deepcopy(start)`,
-    made before, is another. Forwards given that cache are patched, in any thread, no others; the model is as it was when
-    it is gone: `del start`, and what generate returned if that holds it.
+    made before, is another. Forwards given that cache are patched, in any thread, no others; the model is as it was
+    when it is gone: `del start`, and what generate returned if that holds it.
 
     Raises as `engine.patch`, before anything runs; UnsupportedModelError for encoders, compiled models, and those whose
     past is not in a cache of transformers'. ValueError, later, if generate has other than R * copies rows, unpacks a
@@ -91,16 +91,16 @@ def start(
     _refuse(model, known(model, bool(encoded.inputs)).can, n_tokens, len(rows))
     (can,) = able(model, prompts)
     longest = _refuse(model, can, n_tokens, len(rows))
-    unshared = can.expanded or why_not_split(encoded, n_tokens - 1) or n_tokens == 1
-    prefix = KeyValues() if unshared else compute(prompts, [n_tokens - 1])[0].cache[: n_tokens - 1]
-    given = hand_over(model, encoded, prefix, steps.patch.n_rows, copies)
+    unshared = can.expanded or why_not_split(encoded, n_tokens - 1)
+    n_cached = 0 if unshared else n_tokens - 1
+    given = hand_over(model, encoded, n_cached, steps.patch.n_rows, copies)
     change_forwards(given["past_key_values"], model, _changes(model, steps, rows, n_tokens, longest))
     state = model.state()
 
     def check(cache: Any) -> None:
-        if (n_cached := cache.get_seq_length()) != len(prefix):
+        if (found := cache.get_seq_length()) != n_cached:
             raise ValueError(
-                f"this start was gone on from: its cache has {n_cached} tokens, and had {len(prefix)}; make another, "
+                f"this start was gone on from: its cache has {found} tokens, and had {n_cached}; make another, "
                 "or copy.deepcopy(start) before the first generate"
             )
         if model.state() != state:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from models.calls import Call, Passing, current, go_on
-from models.huggingface import HuggingFace, expanded_cache
-from models.interface import Edit, Encoded, KeyValues, Steer
+from models.huggingface import HuggingFace
+from models.interface import Edit, Encoded, Steer
 
 # What a forward of `batch` rows does to tokens [first, first + n_tokens) of each: (batch, first, n_tokens).
 Changes: TypeAlias = Callable[[int, int, int], tuple[Edit | None, Steer | None]]
@@ -53,24 +53,26 @@ def why_not_handed(model: HuggingFace, steered: bool) -> str:
     return "its blocks, after which to steer, were not found" if steered and not body.blocks else ""
 
 
-def hand_over(model: HuggingFace, prompt: Encoded, prefix: KeyValues, rows: int, copies: int) -> dict[str, Any]:
+def hand_over(model: HuggingFace, prompt: Encoded, n_cached: int, rows: int, copies: int) -> dict[str, Any]:
     """What `model.hf.generate` goes on from: `rows` of the prompt, and a cache of `copies` of each.
 
-    prefix: of all tokens but the last; empty: so is the cache, and generate runs the prompt with its images.
+    n_cached: tokens that are computed now, once for all; with none, generate runs the prompt with its images.
     """
     from transformers import DynamicCache
 
     ids = prompt.ids.repeat(rows, 1)
+    cache = DynamicCache(config=model.config)  # as generate makes it
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if not len(prefix):
+    given |= {"past_key_values": cache, "use_cache": True}
+    if not n_cached:
         images = {key: value.repeat(rows, *[1] * (value.ndim - 1)) for key, value in prompt.inputs.items()}
-        # As generate makes it: hybrids have layers of several kinds.
-        return {**given, **images, "past_key_values": DynamicCache(config=model.config)}
+        return given | images
+    offset = model.fill(cache, prompt, n_cached)
+    cache.batch_repeat_interleave(rows * copies)
     if any(hasattr(module, "rope_deltas") for module in model.body.remembering):
         # Such models would count on from the images that they saw last.
-        places = torch.arange(ids.shape[1], device=ids.device) + int(prefix.offset)
-        given["position_ids"] = places.repeat(rows, 1)
-    return {**given, "past_key_values": expanded_cache(prefix, rows * copies)}
+        given["position_ids"] = (torch.arange(ids.shape[1], device=ids.device) + offset).repeat(rows, 1)
+    return given
 
 
 def change_forwards(cache: Any, model: HuggingFace, changes: Changes) -> None:
@@ -82,7 +84,7 @@ def change_forwards(cache: Any, model: HuggingFace, changes: Changes) -> None:
     known, number = ref(mark), id(mark)
     begun: list[ExitStack] = []  # an interrupt passes by the hook that ends them
 
-    def enter(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+    def enter(_: nn.Module, args: Any, given: dict[str, Any]) -> Any:
         now, cache = current(), given.get("past_key_values")
         found: Any = getattr(cache, MARK, None)
         if cache is not None and found is not None and found is known():
@@ -90,13 +92,15 @@ def change_forwards(cache: Any, model: HuggingFace, changes: Changes) -> None:
             go_on(here)
             tokens = given.get("input_ids")
             batch, n_tokens = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
-            if given.get("use_cache") is False:
-                raise ValueError("a patched prompt goes on from its cache: generate was told use_cache=False")
             edit, steer = changes(batch, cache.get_seq_length(), n_tokens)
             here.changes.enter_context(model.changed(edit, steer))
             begun.append(here.changes)
+            if isinstance(kept := given.get("logits_to_keep"), int) and kept and n_tokens > 1:
+                # By an integer some models see that their last layers may skip all but the last tokens (Gemma4).
+                return args, given | {"logits_to_keep": slice(-kept, None)}
         elif isinstance(now, Forward) and now.mark == number:  # another forward, from within one of these
             go_on(Forward(mark=number, outer=now))
+        return None
 
     def leave(*_: Any) -> None:
         now = current()

@@ -208,7 +208,7 @@ class HuggingFace:
         body = self.body
         given: dict[str, Any] = {"input_ids": tokens, "use_cache": prefix is not None}
         if prefix is not None:
-            given["past_key_values"] = expanded_cache(prefix, batch)
+            given["past_key_values"] = _expanded_cache(prefix, batch)
             # Counted on from the prefix: what a model would guess depends on what it last saw.
             start: Any = len(prefix) + prefix.offset
             given["position_ids"] = torch.arange(start, start + n_tokens, device=self.device).expand(batch, -1)
@@ -296,10 +296,19 @@ class HuggingFace:
         return self.pack(segments, keep=True, logits=False).contexts
 
     def _prefill_one(self, prompt: Encoded, n_tokens: int) -> KeyValues:
-        """By the model's own attention, with its pixels; the positions it gives are read off on the way."""
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config every layer keeps all tokens, sliding windows included
+        offset = self.fill(cache, prompt, n_tokens)
+        if any(layer.keys is None or layer.keys.shape[2] != n_tokens for layer in cache.layers):
+            raise UnsupportedModelError(f"the cache of {self.name} does not keep every token of every layer")
+        keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+        return KeyValues(keys, values, offset)
+
+    def fill(self, cache: Any, prompt: Encoded, n_tokens: int) -> int:
+        """The first tokens put into a cache of transformers, by the model's own attention, with the pixels; the
+        positions it gives are read off on the way. Returns `KeyValues.offset`.
+        """
         seen: list[Tensor | None] = []
 
         def positions(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
@@ -315,11 +324,7 @@ class HuggingFace:
             finally:
                 handle.remove()
         given_positions = seen[0] if prompt.inputs and seen else None
-        offset = 0 if given_positions is None else int(given_positions.max()) + 1 - n_tokens
-        if any(layer.keys is None or layer.keys.shape[2] != n_tokens for layer in cache.layers):
-            raise UnsupportedModelError(f"the cache of {self.name} does not keep every token of every layer")
-        keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
-        return KeyValues(keys, values, offset)
+        return 0 if given_positions is None else int(given_positions.max()) + 1 - n_tokens
 
     def _head_dims(self, body: Anatomy) -> Sequence[int]:
         return body.shape.head_dims or [body.shape.head_dim] * body.shape.n_layers
@@ -373,7 +378,7 @@ def _embeddings(hf: nn.Module) -> Any:
         return None
 
 
-def expanded_cache(prefix: KeyValues, rows: int) -> Any:
+def _expanded_cache(prefix: KeyValues, rows: int) -> Any:
     """Transformers' cache of `rows` copies of the prefix; the copies are made layer by layer as rows append."""
     from transformers import DynamicCache
 
