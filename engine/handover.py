@@ -94,7 +94,7 @@ def start(
     unshared = can.expanded or why_not_split(encoded, n_tokens - 1)
     n_cached = 0 if unshared else n_tokens - 1
     given = hand_over(model, encoded, n_cached, steps.patch.n_rows, copies)
-    change_forwards(given["past_key_values"], model, _changes(model, steps, rows, n_tokens, longest))
+    change_forwards(given["past_key_values"], model, encoded.ids, _changes(model, steps, rows, n_tokens, longest))
     state = model.state()
 
     def check(cache: Any) -> None:

@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 from weakref import finalize, ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.calls import Call, Passing, current, go_on
 from models.huggingface import HuggingFace
 from models.interface import Edit, Encoded, Steer
+from models.shapes import Int
 
 # What a forward of `batch` rows does to tokens [first, first + n_tokens) of each: (batch, first, n_tokens).
 Changes: TypeAlias = Callable[[int, int, int], tuple[Edit | None, Steer | None]]
 MARK = "_headpatch"  # on a cache
+ALONG = {"input_ids", "position_ids"}  # [..., tokens]
 
 
 class Mark:
@@ -75,11 +77,11 @@ def hand_over(model: HuggingFace, prompt: Encoded, n_cached: int, rows: int, cop
     return given
 
 
-def change_forwards(cache: Any, model: HuggingFace, changes: Changes) -> None:
-    """As long as this cache or a copy of it is there: forwards of the model that are given one are changed, in any
-    thread. `changes` is asked before each, and may raise.
+def change_forwards(cache: Any, model: HuggingFace, ids: Int[Tensor, " tokens"], changes: Changes) -> None:
+    """As long as this cache of the prompt `ids`, or a copy of it, is there: forwards of the model that are given one
+    are changed, in any thread. `changes` is asked before each, and may raise.
     """
-    mark = Mark()
+    mark, n_cached = Mark(), cache.get_seq_length()
     setattr(cache, MARK, mark)
     known, number = ref(mark), id(mark)
     begun: list[ExitStack] = []  # an interrupt passes by the hook that ends them
@@ -90,15 +92,21 @@ def change_forwards(cache: Any, model: HuggingFace, changes: Changes) -> None:
         if cache is not None and found is not None and found is known():
             here = Forward(mark=number, outer=now)
             go_on(here)
-            tokens = given.get("input_ids")
-            batch, n_tokens = (given["inputs_embeds"] if tokens is None else tokens).shape[:2]
-            edit, steer = changes(batch, cache.get_seq_length(), n_tokens)
+            first, tokens = cache.get_seq_length(), given["input_ids"]
+            if first and tokens.shape[1] >= len(ids) and (tokens[:, : len(ids)] == ids.to(tokens.device)).all():
+                # Assisted decoding begins with all of the prompt, whatever its cache holds.
+                if first != n_cached:
+                    raise ValueError(f"this start was gone on from: its cache has {first} tokens, and had {n_cached}")
+                given = given | {name: given[name][..., first:] for name in ALONG & given.keys()}
+            batch, n_tokens = given["input_ids"].shape
+            edit, steer = changes(batch, first, n_tokens)
             here.changes.enter_context(model.changed(edit, steer))
             begun.append(here.changes)
             if isinstance(kept := given.get("logits_to_keep"), int) and kept and n_tokens > 1:
                 # By an integer some models see that their last layers may skip all but the last tokens (Gemma4).
-                return args, given | {"logits_to_keep": slice(-kept, None)}
-        elif isinstance(now, Forward) and now.mark == number:  # another forward, from within one of these
+                given = given | {"logits_to_keep": slice(-kept, None)}
+            return args, given
+        if isinstance(now, Forward) and now.mark == number:  # another forward, from within one of these
             go_on(Forward(mark=number, outer=now))
         return None
 
