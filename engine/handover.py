@@ -92,10 +92,10 @@ def start(
     (can,) = able(model, prompts)
     longest = _refuse(model, can, n_tokens, len(rows))
     unshared = can.expanded or why_not_split(encoded, n_tokens - 1)
-    n_cached = 0 if unshared else n_tokens - 1
-    given = hand_over(model, encoded, n_cached, steps.patch.n_rows, copies)
-    change_forwards(given["past_key_values"], model, encoded.ids, _changes(model, steps, rows, n_tokens, longest))
-    state = model.state()
+    given = hand_over(model, encoded, 0 if unshared else n_tokens - 1, steps.patch.n_rows, copies)
+    cache = given["past_key_values"]
+    n_cached, state = cache.get_seq_length(), model.state()
+    change_forwards(cache, model, encoded.ids, _changes(model, steps, rows, n_tokens, longest))
 
     def check(cache: Any) -> None:
         if (found := cache.get_seq_length()) != n_cached:

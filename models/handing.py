@@ -58,19 +58,22 @@ def why_not_handed(model: HuggingFace, steered: bool) -> str:
 def hand_over(model: HuggingFace, prompt: Encoded, n_cached: int, rows: int, copies: int) -> dict[str, Any]:
     """What `model.hf.generate` goes on from: `rows` of the prompt, and a cache of `copies` of each.
 
-    n_cached: tokens that are computed now, once for all; with none, generate runs the prompt with its images.
+    n_cached: tokens that are computed now, once for all. With none, or in layers of a cache that are more than keys and
+              values, generate runs the prompt, with its images.
     """
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     ids = prompt.ids.repeat(rows, 1)
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
     cache = DynamicCache(config=model.config)  # as generate makes it
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    given |= {"past_key_values": cache, "use_cache": True}
-    if not n_cached:
+    if not n_cached or not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         images = {key: value.repeat(rows, *[1] * (value.ndim - 1)) for key, value in prompt.inputs.items()}
-        return given | images
+        return given | images | {"past_key_values": cache}
+    cache = DynamicCache()  # keeps all tokens: not every model with a window stays within it (Moshi)
     offset = model.fill(cache, prompt, n_cached)
     cache.batch_repeat_interleave(rows * copies)
+    given["past_key_values"] = cache
     if any(hasattr(module, "rope_deltas") for module in model.body.remembering):
         # Such models would count on from the images that they saw last.
         given["position_ids"] = (torch.arange(ids.shape[1], device=ids.device) + offset).repeat(rows, 1)

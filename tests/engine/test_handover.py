@@ -414,12 +414,3 @@ def test_pictures_seen_before_count_for_nothing(draw):
     model.hf.generate(encoded.ids[None], **encoded.inputs, **GREEDY, max_new_tokens=2)
     assert model.hf.model.rope_deltas.abs().max() > 0
     assert torch.equal(handed(model, engine.start(model, IDS, **options), max_new_tokens=5), want)
-
-
-def test_the_real_model(smollm2, draw):
-    heads, values = draw(smollm2, rows=2, p=0.1)
-    prompt = "Q: hot\nA: cold\n\nQ: big\nA: small\n\nQ: up\nA:"
-    start = engine.start(smollm2, prompt, heads=heads, values=0.1 * values, patched="all")
-    out = smollm2.hf.generate(**start, do_sample=False, max_new_tokens=8)[:, start["input_ids"].shape[1] :]
-    said = [smollm2.decode(row) for row in out]
-    assert said == engine.generate(smollm2, prompt, heads=heads, values=0.1 * values, max_new_tokens=8)
