@@ -34,10 +34,10 @@ def hooks_of(model):
 def model_as_it_was(request):
     """After every test, its starts gone: no hooks, nothing on its way."""
     yield
-    gc.collect()
     assert current() is None
-    used = [request.getfixturevalue(name) for name in ("model",) if name in request.fixturenames]
-    assert all(hooks_of(model) == 0 for model in used)
+    if "model" in request.fixturenames and hooks_of(model := request.getfixturevalue("model")):
+        gc.collect()  # what holds an error holds the frames that it went through
+        assert hooks_of(model) == 0
 
 
 @contextmanager
@@ -145,37 +145,35 @@ def test_every_family(family):
     asked = list(asked_of(model))[4 if family in families.TEXT else 0]
     prompt, heads, values = asked["prompt"], asked["heads"][:2], 3 * asked["values"]
     encoded = model.read(prompt)
-    n_prompt, others = len(encoded.ids), list(range(97, model.shape.vocab_size))  # tokens of pictures
+    n_prompt, others = len(encoded.ids), list(range(97, model.shape.vocab_size)) or None  # tokens of pictures
+    options = dict(max_new_tokens=4, suppress_tokens=others)
     assert n_prompt > 11
     for patched in ("prompt", "all"):
         start = engine.start(model, prompt, heads=heads, values=values, patched=patched)
         assert start["past_key_values"].get_seq_length() in (0, n_prompt - 1)
         assert set(start["input_ids"].shape) == {2, n_prompt}
-        got = handed(model, start, max_new_tokens=5, suppress_tokens=others or None)[:, n_prompt:].tolist()
-        if family == "paligemma":  # its prompt would see the answer in a forward over both
-            rows = {
-                "input_ids": encoded.ids.repeat(2, 1),
-                **{k: v.repeat(2, *v[0].ndim * [1]) for k, v in encoded.inputs.items()},
-            }
-            with always(model, heads, values, STEPS[patched], n_prompt):
-                want = model.hf.generate(**rows, **GREEDY, max_new_tokens=5, suppress_tokens=others)[
-                    :, n_prompt:
-                ].tolist()
+        got = handed(model, start, **options)[:, n_prompt:].tolist()
+        if patched == "prompt" and family != "paligemma":  # whose prompt would see the answer in a forward over both
+            got = [row[:2] for row in got]
+            want = [greedy(model, encoded, row, values, 2) for row in heads]
         else:
-            want = [greedy(model, encoded, row, values, patched, 5) for row in heads]
+            rows = dict(attention_mask=torch.ones(2, n_prompt, dtype=torch.long))
+            rows |= {name: torch.cat([value, value]) for name, value in encoded.inputs.items()}
+            with always(model, heads, values, STEPS[patched], n_prompt):
+                out = model.hf.generate(encoded.ids.repeat(2, 1), **rows, **GREEDY | options)
+            want = out[:, n_prompt:].tolist()
         assert got == want, patched
         del start
         assert hooks_of(model) == 0
 
 
-def greedy(model, encoded, mask, values, patched, count):
-    """By naive forwards over the growing prompt."""
-    n_prompt, prefix = len(encoded.ids), engine.Prefix(encoded, models.KeyValues(), model)
+def greedy(model, encoded, mask, values, count):
+    """By naive forwards over the growing prompt, its last token patched."""
+    at, prefix = len(encoded.ids) - 1, engine.Prefix(encoded, models.KeyValues(), model)
     for _ in range(count):
-        positions = range(n_prompt - 1, len(prefix.tokens) if patched == "all" else n_prompt)
-        logits = engine.naive.patch(model, prefix, heads=mask, values=values, positions=list(positions))
+        logits = engine.naive.patch(model, prefix, heads=mask, values=values, positions=at)
         prefix = engine.Prefix(prefix.prompt.then(logits[0, :97].argmax()[None]), models.KeyValues(), model)
-    return prefix.tokens[n_prompt:].tolist()
+    return prefix.tokens[at + 1 :].tolist()
 
 
 @pytest.mark.filterwarnings("ignore:.*")
@@ -223,8 +221,7 @@ def test_ways_of_choosing(model, draw, options, patched):
     assert torch.equal(got, hooked(model, heads, 3 * values, patched, **options))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma4_text"])
-@pytest.mark.parametrize("patched", ["all", 3])
+@pytest.mark.parametrize(("family", "patched"), [("llama", "all"), ("mistral", 3), ("gemma4_text", "all")])
 @pytest.mark.filterwarnings("ignore:.*")
 def test_guesses_that_are_taken_back(tiny, draw, family, patched):
     """Several tokens a forward, some of them cut off the cache again; Gemma4's last layers skip all but the last."""
@@ -391,9 +388,9 @@ def test_prefixes_and_unpatched_rows(model):
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("architecture", ["jamba", "olmo_hybrid", "deepseek_v3", "gemma4_text", "lfm2"])
+@pytest.mark.parametrize("architecture", ["jamba", "deepseek_v3", "unlimited_ocr"])
 def test_caches_of_other_kinds(draw, architecture):
-    """States beside keys and values; keys of all heads as one; keys of other layers."""
+    """States beside keys and values; keys of all heads as one; layers of a cache of the model's own."""
     model = models.wrap(architectures.build(architecture))
     heads, values = draw(model, rows=2)
     for patched in ("prompt", "all"):
