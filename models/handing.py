@@ -96,10 +96,9 @@ def change_forwards(cache: Any, model: HuggingFace, ids: Int[Tensor, " tokens"],
             here = Forward(mark=number, outer=now)
             go_on(here)
             first, tokens = cache.get_seq_length(), given["input_ids"]
-            if first and tokens.shape[1] >= len(ids) and (tokens[:, : len(ids)] == ids.to(tokens.device)).all():
+            again = 0 < first == n_cached and tokens.shape[1] >= len(ids)
+            if again and (tokens[:, : len(ids)] == ids.to(tokens.device)).all():
                 # Assisted decoding begins with all of the prompt, whatever its cache holds.
-                if first != n_cached:
-                    raise ValueError(f"this start was gone on from: its cache has {first} tokens, and had {n_cached}")
                 given = given | {name: given[name][..., first:] for name in ALONG & given.keys()}
             batch, n_tokens = given["input_ids"].shape
             edit, steer = changes(batch, first, n_tokens)

@@ -376,6 +376,9 @@ def test_a_second_turn(model, draw):
 @pytest.mark.parametrize("ids", [[7], [7, 8]])
 def test_shortest_prompts(model, draw, ids):
     heads, values = draw(model, rows=2)
+    start = engine.start(model, ids)
+    said = handed(model, start, max_new_tokens=4, prefix_allowed_tokens_fn=lambda *_: ids[:1])  # the prompt again
+    assert said.tolist() == [ids + ids[:1] * 4]
     got = handed(model, engine.start(model, ids, heads=heads, values=3 * values, patched="all"), max_new_tokens=5)
     assert got.tolist() == [by_hand("llama", model.hf, ids, row, 3 * values, STEPS["all"], count=5) for row in heads]
 
