@@ -13,6 +13,7 @@ from engine.decoding import Answer
 from engine.effects import Effects
 from engine.evaluation import Cost, Score, cost, evaluate
 from engine.generation import generate
+from engine.handover import start
 from engine.intervention import Patch, Steering
 from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
@@ -54,6 +55,7 @@ __all__ = [
     "plan",
     "prefill",
     "sav",
+    "start",
     "sweep",
     "vtv",
 ]

@@ -32,6 +32,11 @@ def current() -> Call | None:
     return _current.get()
 
 
+def go_on(call: Call | None) -> None:
+    """What runs in this context from here on belongs to this call."""
+    _current.set(call)
+
+
 @contextmanager
 def calling(hf: nn.Module, config: Any, call: Call) -> Iterator[None]:
     """Within: the first forward of the model in this thread belongs to this call; forwards inside it do not."""

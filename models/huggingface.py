@@ -296,10 +296,19 @@ class HuggingFace:
         return self.pack(segments, keep=True, logits=0).contexts
 
     def _prefill_one(self, prompt: Encoded, n_tokens: int) -> KeyValues:
-        """By the model's own attention, with its pixels; the positions it gives are read off on the way."""
         from transformers import DynamicCache
 
         cache = DynamicCache()  # without a config every layer keeps all tokens, sliding windows included
+        offset = self.fill(cache, prompt, n_tokens)
+        if any(layer.keys is None or layer.keys.shape[2] != n_tokens for layer in cache.layers):
+            raise UnsupportedModelError(f"the cache of {self.name} does not keep every token of every layer")
+        keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
+        return KeyValues(keys, values, offset)
+
+    def fill(self, cache: Any, prompt: Encoded, n_tokens: int) -> int:
+        """The first tokens put into a cache of transformers, by the model's own attention, with the pixels; the
+        positions it gives are read off on the way. Returns `KeyValues.offset`.
+        """
         seen: list[Tensor | None] = []
 
         def positions(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
@@ -315,11 +324,7 @@ class HuggingFace:
             finally:
                 handle.remove()
         given_positions = seen[0] if prompt.inputs and seen else None
-        offset = 0 if given_positions is None else int(given_positions.max()) + 1 - n_tokens
-        if any(layer.keys is None or layer.keys.shape[2] != n_tokens for layer in cache.layers):
-            raise UnsupportedModelError(f"the cache of {self.name} does not keep every token of every layer")
-        keys, values = [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
-        return KeyValues(keys, values, offset)
+        return 0 if given_positions is None else int(given_positions.max()) + 1 - n_tokens
 
     def _head_dims(self, body: Anatomy) -> Sequence[int]:
         return body.shape.head_dims or [body.shape.head_dim] * body.shape.n_layers
@@ -339,11 +344,17 @@ class HuggingFace:
 
     def _call(self, edit: Edit | None, steer: Steer | None, rows: Rows | None, **given: Any) -> Tensor:
         """The one place that runs the model: logits [batch, kept, vocab]. rows: where those are that `edit` sees."""
-        body = self._body
-        if steer and not body.blocks:
-            raise UnsupportedModelError(f"{self.name} cannot be steered: its blocks were not found")
-        with self._edited(edit, rows), hooked(lambda: steers(steer, body.blocks, rows)):
+        with self.changed(edit, steer, rows):
             return self._logits(given)
+
+    @contextmanager
+    def changed(self, edit: Edit | None, steer: Steer | None, rows: Rows | None = None) -> Iterator[None]:
+        """Within: what belongs to the call that is on its way is edited and steered, by hooks that are gone after."""
+        blocks = self._body.blocks
+        if steer and not blocks:
+            raise UnsupportedModelError(f"{self.name} cannot be steered: its blocks were not found")
+        with self._edited(edit, rows), hooked(lambda: steers(steer, blocks, rows)):
+            yield
 
     def _edited(self, edit: Edit | None, rows: Rows | None) -> Any:
         """Within: `edit` sees the input of every output projection, the last ones of rows only."""
