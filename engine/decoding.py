@@ -136,7 +136,8 @@ def beside(
     make = partial(_naive if strategy == "naive" else _rows, model)
     for _ in range(how.max_new_tokens):
         edit, steer = over(steps, first, ids.shape[1], make)
-        logits = model.forward(ids, edit, prefix, None if split else prompt.prompt.inputs, steer)
+        inputs = None if split else model.then(prompt.prompt, ids[0, first + 1 :]).inputs
+        logits = model.forward(ids, edit, prefix, inputs, steer)
         tokens = _choose(how, prompt.tokens, answers, logits)
         if not _take(answers, tokens):
             break
@@ -201,5 +202,6 @@ def activations(model: Model, steps: Steps, prompt: Prefix, tokens: Int[Tensor, 
         kept.append(pad(z[0, last - split :], (0, model.shape.head_dim - z.shape[-1])).to(model.device))
         return z
 
-    model.forward(ids[None], keep, prefix, None if split else prompt.prompt.inputs, steer)
+    inputs = None if split else model.then(prompt.prompt, tokens.to(prompt.tokens)).inputs
+    model.forward(ids[None], keep, prefix, inputs, steer)
     return model.all_heads(torch.stack(kept, dim=1), -2)

@@ -57,8 +57,8 @@ def generate(
     max_new_tokens: default the config's, or 20; an answer ends earlier at an end-of-text token, or where one of `stop`
               appears (cut off).
     config:   a transformers `GenerationConfig`: do_sample, temperature, top_k, top_p, min_p, typical_p,
-              repetition_penalty, no_repeat_ngram_size, eos_token_id, stop_strings, max_new_tokens. What it leaves
-              unset is off. For more, transformers' own `generate` goes on from `engine.start`.
+              repetition_penalty, no_repeat_ngram_size, suppress_tokens, eos_token_id, stop_strings, max_new_tokens.
+              What it leaves unset is off. For more, transformers' own `generate` goes on from `engine.start`.
     seed:     of the draws of a config with do_sample. An answer does not depend on what is asked beside it.
     memory:   bytes that rows may take; default an eighth of what is free. More rows are answered in parts.
     on_token: called as on_token(prompt, row, text) with what is new of an answer, as it comes.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PENALTIES = {
     "repetition_penalty": "RepetitionPenaltyLogitsProcessor",
     "no_repeat_ngram_size": "NoRepeatNGramLogitsProcessor",
+    "suppress_tokens": "SuppressTokensLogitsProcessor",
 }
 WARPERS = {
     "temperature": "TemperatureLogitsWarper",

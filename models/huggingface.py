@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -33,7 +34,7 @@ from models.layout import Layout, Rows, entering
 from models.linear import onednn_layers, onednn_linear
 from models.packed import implementation, packed_attention
 from models.reading import check_ids, read_ids
-from models.rules import rules
+from models.rules import NOT_CAUSAL, rules
 from models.shapes import Float, Int
 from models.sharding import execution_device, gather, head_mesh, own
 
@@ -195,6 +196,15 @@ class HuggingFace:
         if self.tokenizer is None:
             raise ValueError(f"{self.name} was wrapped without a tokenizer: text needs wrap(..., tokenizer=)")
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def then(self, prompt: Encoded, answer: Int[Tensor, " more"]) -> Encoded:
+        grown = prompt.then(answer)
+        if NOT_CAUSAL not in self.rules().shared() or "token_type_ids" not in self._accepts:
+            return grown
+        # The prompt's tokens see each other; of type 1 are those that follow, which see what is before them.
+        types = fit(prompt.inputs, len(prompt.ids)).get("token_type_ids", torch.zeros_like(prompt.ids)[None])
+        more = torch.ones_like(answer)[None].to(types)
+        return replace(grown, inputs={**prompt.inputs, "token_type_ids": torch.cat([types, more], dim=1)})
 
     def forward(
         self,

@@ -267,6 +267,10 @@ class Model(Protocol):
 
     def decode(self, tokens: Int[Tensor, " tokens"]) -> str: ...
 
+    def then(self, prompt: Encoded, answer: Int[Tensor, " more"]) -> Encoded:
+        """A prompt with tokens of its answer after it, which see what they would see as generated ones."""
+        ...
+
     def forward(
         self,
         tokens: Int[Tensor, "batch tokens"],

@@ -17,6 +17,8 @@ from models.packed import why_not_known
 # Layers that see every earlier token by its place and nothing else.
 KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
+NOT_CAUSAL = "its tokens see those that follow them"
+
 
 def rules(hf: nn.Module, config: Any, decoder: nn.Module, body: Anatomy, accepts: Any) -> Capabilities:
     """Refuses what is not known to be right."""
@@ -36,7 +38,7 @@ def why_not_shared(decoder: nn.Module, config: Any, body: Anatomy) -> str:
         if hasattr(module, "cross_attn"):
             return "it has cross-attention layers, whose keys and values are not those of its tokens"
         if getattr(module, "is_causal", True) is False:
-            return "its tokens see those that follow them"
+            return NOT_CAUSAL
     if getattr(config, "num_hidden_layers", 0) != len(body.projections):
         return f"of its {config.num_hidden_layers} layers {len(body.projections)} attend, the others pass on a state"
     return ""

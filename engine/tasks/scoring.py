@@ -130,7 +130,7 @@ def with_answer(model: Model, prompt: PromptLike | Prefix, answer: Sequence[int]
             f"prompt and answer have {n_tokens} tokens, {model.name} takes at most {model.shape.max_tokens}"
         )
     more = torch.tensor(answer[:-1], device=prefix.tokens.device)
-    return replace(prefix, prompt=prefix.prompt.then(more), places=len(answer))
+    return replace(prefix, prompt=model.then(prefix.prompt, more), places=len(answer))
 
 
 def token_log_probabilities(

@@ -140,7 +140,7 @@ def test_equals_plain_forwards(tiny, draw, random, family, patched):
 @pytest.mark.filterwarnings("ignore:.*")  # of the libraries, on families they no longer care for
 @pytest.mark.parametrize("family", [*families.TEXT, *families.IMAGE_TEXT])
 def test_every_family(family):
-    """Text; a picture; where nothing is shared, all of it run by generate."""
+    """Text; a picture; where nothing is shared, all of it run by generate. And `engine.generate` says the same."""
     model = wrapped(family)
     asked = list(asked_of(model))[4 if family in families.TEXT else 0]
     prompt, heads, values = asked["prompt"], asked["heads"][:2], 3 * asked["values"]
@@ -153,6 +153,10 @@ def test_every_family(family):
         assert start["past_key_values"].get_seq_length() in (0, n_prompt - 1)
         assert set(start["input_ids"].shape) == {2, n_prompt}
         got = handed(model, start, **options)[:, n_prompt:].tolist()
+        config = transformers.GenerationConfig(suppress_tokens=others, eos_token_id=[], max_new_tokens=4)
+        given = dict(heads=heads, values=values, patched=patched, config=config, capture=True)
+        ours = engine.generate(model, prompt, **given)
+        assert [one.tokens.tolist() for one in ours] == got
         if patched == "prompt" and family != "paligemma":  # whose prompt would see the answer in a forward over both
             got = [row[:2] for row in got]
             want = [greedy(model, encoded, row, values, 2) for row in heads]
@@ -263,7 +267,9 @@ def test_streamed_by_another_thread(model, draw):
         forwards = [model.hf(input_ids=plain).logits for _ in range(20)]  # beside it
     said = "".join(streamer)
     thread.join()
-    assert said == engine.generate(model, "Q: hot\nA:", heads=heads, values=3 * values, max_new_tokens=12)
+    assert said == engine.generate(
+        model, "Q: hot\nA:", heads=heads, values=3 * values, patched="all", max_new_tokens=12
+    )
     with torch.no_grad():
         assert all(torch.equal(logits, model.hf(input_ids=plain).logits) for logits in forwards)
 
