@@ -62,7 +62,7 @@ def run(names: Sequence[str], seeds: int, steps: int, losses: Sequence[str], pat
     """All records, kept in a file as they come: a run that is stopped goes on where it was."""
     records: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
     for name in names:
-        model = models.load("smollm2-135m" if name in tasks.SHIPPED else "smollm2-eyes")
+        model = models.load("smollm2-eyes" if name in tasks.PICTURES else "smollm2-135m")
         task = tasks.load(name)
         for seed in range(seeds):
             if not any(one["task"] == name and one["seed"] == seed for one in records):

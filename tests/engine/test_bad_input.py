@@ -191,7 +191,7 @@ def test_prefix_of_another_model(model, tiny, verb):
         verb(model, ["abc", prefix], heads=MASK, values=VALUES)
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, "3", None, True])
+@pytest.mark.parametrize("count", [0, -1, 1.5, "3", True])
 def test_max_new_tokens(model, count):
     with refused(model, ValueError, "max_new_tokens", repr(count)):
         engine.generate(model, "abc", max_new_tokens=count)

@@ -333,7 +333,7 @@ def test_arrays_of_other_things(model, array):
         engine.patch(model, "abc", heads=MASK, values=array)
 
 
-@pytest.mark.parametrize("stop", [5, b"x", ["x"], True, ""], ids=repr)
+@pytest.mark.parametrize("stop", [5, b"x", ["x", 3], True, ""], ids=repr)
 def test_stop(model, stop):
     with refused(model, ValueError, "stop must be text", repr(stop)):
         engine.generate(model, "abc", stop=stop)

@@ -47,7 +47,7 @@ BOTH = [
     (dict(targets=[5, 6, 7.0]), TypeError, "targets must be text or token ids", "7.0 for prompt 2"),
     (dict(targets=[5, True, 7]), TypeError, "targets", "True for prompt 1"),
     (dict(targets=[5, "", 7]), ValueError, "answer must be text"),
-    (dict(targets=[5, " a", 7]), ValueError, "text after a text prompt, or a token id"),
+    (dict(targets=[5, " a", 7]), ValueError, "text after a text prompt, or token ids"),
     (dict(metric="logit_difference"), ValueError, "'logit_difference' needs others"),
     (dict(metric="logit_difference", others=[5, 7, 8]), ValueError, r"same for prompts \[0\]"),
     (dict(metric="logit_difference", others=[1, 2]), ValueError, "others", "each of 3 prompts"),

@@ -45,6 +45,28 @@ def test_extract(model):
     torch.testing.assert_close(vector.vector, fv.compose(model, means, vector.heads))
 
 
+def test_a_beginning_of_text_and_correct_queries(model, monkeypatch):
+    """Prompts begin with one token more; means and effects are of those that the unshuffled prompt is right on."""
+    wrapped = engine.naive.patch(model, PROMPTS, heads=None, values=None)
+    right = [int(logits[0].argmax()) for logits in wrapped]
+    clean = [Example(PROMPTS[0], right[0]), Example(PROMPTS[1], (right[1] + 1) % 97)]
+    shuffled = [Example(prompt.upper(), example.answer) for prompt, example in zip(PROMPTS, clean, strict=True)]
+    vector, effects = fv.extract(model, clean, shuffled, k=3, correct_only=True, progress=False)
+    want, same = fv.extract(model, PROMPTS[:1], shuffled[:1], k=3, progress=False)
+    assert torch.equal(vector.vector, want.vector)
+    assert torch.equal(effects.patched, same.patched)
+
+    monkeypatch.setattr(type(model.tokenizer), "bos_token_id", 7, raising=False)
+    begun = fv.begun(model, [PROMPTS[0], EXAMPLES[1]])
+    assert begun[0] == [7, *model.encode(PROMPTS[0]).tolist()]
+    assert begun[1] == Example([7, *model.encode(PROMPTS[1]).tolist()], [5])
+    assert fv.begun(model, [begun[0]]) == [begun[0]]  # once
+    vector, effects = fv.extract(model, PROMPTS, EXAMPLES, k=3, bos=True, progress=False)
+    want, same = fv.extract(model, fv.begun(model, PROMPTS), fv.begun(model, EXAMPLES), k=3, progress=False)
+    assert torch.equal(vector.vector, want.vector)
+    assert torch.equal(effects.clean, same.clean)
+
+
 def test_hits_by_layer_are_those_of_hooks(model, random):
     vector = torch.randn(model.shape.d_model, generator=random)
     found = fv.hits_by_layer(model, EXAMPLES, vector)
