@@ -25,6 +25,7 @@ from bench import families as families_case
 from bench import generation as generation_case
 from bench import memory as memory_case
 from bench import pictures as pictures_case
+from bench import positions as positions_case
 from bench import records as records_of
 from bench import report
 from bench import search as search_case
@@ -202,6 +203,17 @@ def generation(model: str = "smollm2-135m", rows: int = 32, tokens: int = 128, r
         table.add_row(key, sweeps_case.number(value))
     out.print(table)
     _record("generation", [result])
+
+
+@app.command()
+def positions(model: str = "smollm2-135m", rounds: int = 3) -> None:
+    """Sweeps over all heads by where the prompt is patched, and means, against the loop of hooks."""
+    result = positions_case.measure(models.load(model), rounds=rounds)
+    table = Table(show_header=False, title=f"the loop over ours, {model}")
+    for key, value in result.items():
+        table.add_row(key, sweeps_case.number(value))
+    out.print(table)
+    _record("positions", [result])
 
 
 @app.command()
