@@ -18,16 +18,18 @@ from models import Model
 from models.calls import Passing
 
 
-def measure(model: Model, rows: int = 32, n_prompt: int = 128, n_new: int = 20, rounds: int = 5) -> dict[str, Any]:
+def measure(
+    model: Model, rows: int = 32, n_prompt: int = 128, n_new: int = 20, rounds: int = 5, shots: int = 8
+) -> dict[str, Any]:
     """Seconds, their ratio, and whether all tokens are equal. The answers have their full length: nothing ends them."""
     hf: Any = model.hf  # type: ignore[attr-defined]
     endless = models.wrap(hf, model.tokenizer, name=model.name)
     endless.eos = frozenset()
     task, shape = tasks.load("antonyms"), model.shape
-    ids = model.encode(task.few_shot(task.split(0).train, 20, 1)[0].prompt)[-n_prompt:]
+    ids = model.encode(task.few_shot(task.split(0).train, 3 * shots, 1)[0].prompt)[-n_prompt:]
     random = torch.Generator().manual_seed(0)
     heads = torch.rand(rows, shape.n_layers, shape.n_heads, generator=random) < 0.27
-    few_shot = [example.prompt for example in task.few_shot(task.split(0).train, 8, 20)]
+    few_shot = [example.prompt for example in task.few_shot(task.split(0).train, shots, 20)]
     values = 4 * engine.mean_activations(model, few_shot, progress=False)  # times four: else all rows say the same
     given: dict[str, Any] = dict(heads=heads, values=values, max_new_tokens=n_new)
     prefix = engine.prefill(endless, ids)

@@ -19,10 +19,10 @@ SAMPLE = 10  # forwards of the loop that are timed in a round, of one for each h
 WHERE = {"last token": 1.0, "at three quarters": 0.75, "in the middle": 0.5, "at a quarter": 0.25}
 
 
-def measure(model: Model, rounds: int = 3) -> dict[str, Any]:
+def measure(model: Model, rounds: int = 3, shots: int = 10) -> dict[str, Any]:
     """Ratios of the hooks loop to ours: a sweep of one ten-shot prompt at a position, and means of ten prompts."""
     task, shape = tasks.load("antonyms"), model.shape
-    prompts = [example.prompt for example in task.few_shot(task.split(0).train, 10, 10)]
+    prompts = [example.prompt for example in task.few_shot(task.split(0).train, shots, 10)]
     ids, n_heads = model.encode(prompts[0]), shape.n_layers * shape.n_heads
     values = engine.mean_activations(model, prompts, progress=False)
     hf, projections = model.hf, model.projections  # type: ignore[attr-defined]
