@@ -241,10 +241,13 @@ def answers(
     steps: Annotated[int, typer.Option(help="Of a search.")] = 100,
     losses: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(answers_case.LOSSES),
     path: Annotated[Path, typer.Option("--out", help="Records, kept as they come.")] = Path("out/answers.json"),
+    write: Annotated[Path | None, typer.Option(help="A file for the table, as Markdown.")] = None,
 ) -> None:
     """Exact strings and first tokens by which tokens are patched, and by the loss that heads are searched by."""
     records = answers_case.run(names.split(","), seeds, steps, losses.split(","), path)
     out.print(answers_case.table(records))
+    if write is not None:
+        write_whole(write, answers_case.markdown(records))
 
 
 @app.command()

@@ -71,19 +71,30 @@ def run(names: Sequence[str], seeds: int, steps: int, losses: Sequence[str], pat
     return records
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """Means and deviations over seeds."""
+COLUMNS = ("task", "asked", "searched by", "patched", "exact string", "first token")
+
+
+def rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Means and standard deviations over seeds."""
     found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for one in records:
         key: tuple[str, ...] = (one["task"], one["way"], one.get("loss", ""), one.get("patched", ""))
         found.setdefault(key, []).append(one)
-    shown = Table(title="mean over seeds, and standard deviation")
-    for column in ("task", "asked", "searched by", "patched", "exact string", "first token"):
-        shown.add_column(column)
-    for key, some in found.items():
-        cells = []
-        for by in BY:
-            each = [one[by] for one in some]
-            cells.append(f"{statistics.fmean(each):.2f} ± {statistics.stdev(each) if len(each) > 1 else 0:.2f}")
-        shown.add_row(*key, *cells)
+    return [(*key, *(_spread([one[by] for one in some]) for by in BY)) for key, some in found.items()]
+
+
+def _spread(each: Sequence[float]) -> str:
+    return f"{statistics.fmean(each):.2f} ± {statistics.stdev(each) if len(each) > 1 else 0:.2f}"
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(*COLUMNS, title="mean over seeds, and standard deviation")
+    for row in rows(records):
+        shown.add_row(*row)
     return shown
+
+
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The table as it stands in docs/answers.md."""
+    lines = [COLUMNS, tuple("---" for _ in COLUMNS), *rows(records)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

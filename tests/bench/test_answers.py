@@ -24,6 +24,7 @@ def test_every_way_is_scored(model, monkeypatch, tmp_path):
     monkeypatch.setattr(answers, "measure", lambda *_: pytest.fail("done already"))
     assert answers.run(["comparatives"], 1, 2, answers.LOSSES, path) == whole
     assert answers.table(whole).row_count == 8
+    assert len(answers.markdown(whole).splitlines()) == 10
 
 
 def test_rows_say_what_transformers_says(model):

@@ -111,15 +111,14 @@ def test_comparatives_are_answered_to_the_letter(smollm2):
     A short search on few prompts, so that it can run here; `python -m bench answers` is the whole one.
     """
     task = engine.tasks.load("comparatives")
-    train, validation, test = task.split(0)
-    means = engine.mean_activations(smollm2, [one.prompt for one in task.few_shot(train, 5, 20)], progress=False)
-    examples = [task.example(pair) for pair in train]
+    train, validation, test = ([task.example(pair) for pair in part] for part in task.split(0))
+    few_shot = task.few_shot(task.split(0).train, 8, 30)
+    means = engine.mean_activations(smollm2, [example.prompt for example in few_shot], progress=False)
     vector = engine.mtv.extract(
-        smollm2, examples, means, steps=30, rollouts=16, lr=0.3,
-        validation=[task.example(pair) for pair in validation], progress=False,
+        smollm2, train, means, estimator="straight_through", prompts_per_step=8, steps=25, lr=0.5,
+        validation=validation, progress=False,
     )  # fmt: skip
-    asked = [task.example(pair) for pair in test[:20]]
-    before = engine.evaluate(smollm2, "zero-shot", asked, max_new_tokens=6)
-    after = engine.evaluate(smollm2, "MTV", asked, heads=vector.heads, values=vector.values, max_new_tokens=6)
-    assert before.accuracy <= 0.2
+    before = engine.evaluate(smollm2, "zero-shot", test[:20], max_new_tokens=6)
+    after = engine.evaluate(smollm2, "MTV", test[:20], heads=vector.heads, values=vector.values, max_new_tokens=6)
+    assert before.accuracy <= 0.1
     assert after.accuracy >= 0.6
