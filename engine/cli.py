@@ -377,11 +377,11 @@ def search_line(quiet: bool) -> Iterator[Callable[[mtv.Step], None]]:
 
 
 def score_table(task: str, scores: list[tuple[Score, Score, Cost]]) -> Table:
-    """Accuracy of whole answers and of their first tokens, and cost, of each way; tokens saved beside few-shot."""
+    """Accuracy of whole answers and of first tokens, cost a query, tokens saved beside few-shot, of each way."""
     few_shot = max(cost.tokens for *_, cost in scores)
     table = Table(title=f"{task}: {scores[0][0].queries} held-out words")
-    for column in ("", "exact string", "95% interval", "first token", "tokens/query", "saved", "ms/query"):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("", "exact", "95% interval", "first token", "tokens", "saved", "ms"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for exact, first, cost in scores:
         saved = f"{1 - cost.tokens / few_shot:.0%}" if cost.tokens < few_shot else ""
         table.add_row(

@@ -215,4 +215,4 @@ def wilson(hits: int, queries: int) -> tuple[float, float]:
     from scipy.stats import binomtest
 
     found = binomtest(hits, queries).proportion_ci(method="wilson")
-    return found.low, found.high
+    return float(found.low), float(found.high)

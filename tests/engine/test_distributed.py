@@ -129,7 +129,7 @@ def refusals(world, folder):
     attempts = {
         "name is": lambda: search(sequential),
         "weights": lambda: search(other),
-        "seed": lambda: search(seed=world.rank),
+        "seed": lambda: search(seed=world.rank, validation=VALIDATION),
         "means": lambda: search(means=MEANS + world.rank),
         "data": lambda: search(examples=EXAMPLES[world.rank :]),
         "validation": lambda: search(validation=VALIDATION[world.rank :]),

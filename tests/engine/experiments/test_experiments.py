@@ -119,7 +119,7 @@ def test_families_go_through_main(seeing, tmp_path, family):
     assert len(vector.metadata["losses"]) == SMALL.steps
     page = Page((tmp_path / "report.html").read_text())
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 4 + 3  # questions; scores, heads, curve
+    assert len(images) == 4 + 4  # questions; scores of first tokens, of strings, heads, curve
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in images)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link")]
     assert not list((tmp_path / "vectors").glob(".*"))
@@ -197,7 +197,7 @@ def test_open_answers_are_scored_by_all_annotators(seeing, tmp_path):
     task = picture_task(open_ended=True)
     setting = Setting(seeing(), task, 0, SMALL, tmp_path, progress=False)
     patched = Way("patched", torch.ones(setting.vector().mask.shape, dtype=torch.bool), setting.vector().values)
-    options = dict(max_new_tokens=10, stop="\n")
+    options = dict(max_new_tokens=10, stop=["\n", "."], patched="all")  # as the reference code
     for way in (Way("plain"), patched):
         said = [
             engine.generate(seeing(), example.prompt, heads=None if way.mask is None else way.mask[None],
@@ -262,7 +262,7 @@ def test_pairs_are_the_one_shot_of_two_way_tasks(seeing, tmp_path, name):
 
 def test_a_label_said_again_and_again_is_an_answer(setting, monkeypatch):
     texts = iter([" red red red", "reddish", " blue\n", ""])
-    monkeypatch.setattr("engine.experiments.running.generate", lambda _, prompts, **__: [next(texts) for _ in prompts])
+    monkeypatch.setattr("engine.experiments.setting.generate", lambda _, prompts, **__: [next(texts) for _ in prompts])
     only = replace(setting, options=replace(SMALL, shots=0, queries=2))
     assert running._samples(only) == [
         {"zero-shot": "red", "zero-shot + MTV": "blue"}, {"zero-shot": "reddish", "zero-shot + MTV": ""},
