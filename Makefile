@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-all check bench clean
 
 setup: $(READY)
 
@@ -22,6 +22,11 @@ demo: setup
 test: check
 	$(BIN)/pytest
 	CHECK_TYPES=0 $(BIN)/pytest
+
+# Also the tests marked slow: more families, more ranks.
+test-all: check
+	$(BIN)/pytest -m ''
+	CHECK_TYPES=0 $(BIN)/pytest -m ''
 
 check: setup
 	$(BIN)/ruff check .

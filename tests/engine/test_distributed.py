@@ -207,7 +207,7 @@ def half_a_search(checkpoint, at_once):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_same_bits(tmp_path, monkeypatch, ranks):
     """Theta, heads, losses, means and hits, on every rank, are those of one process. Three ranks: uneven parts."""
     monkeypatch.setattr(activations, "MAX_TOKENS", activations.MAX_TOKENS)
@@ -264,7 +264,7 @@ def test_refused_by_all(tmp_path):
     ("how", "ranks", "said"),
     [
         ("dead", 3, "rank 1 of 3 is gone"),
-        ("computing", 2, "rank 1 of 2 is gone"),
+        pytest.param("computing", 2, "rank 1 of 2 is gone", marks=pytest.mark.slow),
         ("failed", 2, "rank 1 of 2 failed (MemoryError: not enough of it)"),
         ("late", 2, "rank 1 of 2 gave no answer in time"),
     ],

@@ -24,8 +24,13 @@ REFUSED = {  # families that do not go through the attention interface; that are
 }
 
 
+# Near relatives of others that are looked at.
+RELATIVES = ("mixtral", "olmo2", "qwen2", "opt", "llava_onevision", "idefics2", "qwen2_vl", "internvl")
+EVERY = [pytest.param(f, marks=[pytest.mark.slow] * (f in RELATIVES)) for f in (*tiny.TEXT, *tiny.IMAGE_TEXT)]
+
+
 @pytest.mark.filterwarnings("ignore:.*")  # of the libraries, on families they no longer care for
-@pytest.mark.parametrize("family", [*tiny.TEXT, *tiny.IMAGE_TEXT])
+@pytest.mark.parametrize("family", EVERY)
 def test_exact_or_refused(family):
     found = list(cells(family))
     assert {cell.strategy for cell in found if cell.refused} == REFUSED.get(family, set())

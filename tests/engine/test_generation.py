@@ -52,17 +52,21 @@ PATCHED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("patched", "per_row", "mode"),
-    [
-        ("all", False, "replace"),
-        ("all", True, "add"),
-        ("prompt", False, "replace"),
-        (2, True, "replace"),
-        ((1, 3), False, "add"),
-    ],
-)
-@pytest.mark.parametrize("family", KINDS)
+COMBINED = [
+    ("all", False, "replace"),
+    ("prompt", False, "replace"),
+    ("all", True, "add"),
+    (2, True, "replace"),
+    ((1, 3), False, "add"),
+]
+ASKED = [
+    pytest.param(kind, *one, marks=[pytest.mark.slow] * (kind in ("gpt2", "qwen3", "unpacked") and n > 1))
+    for kind in KINDS
+    for n, one in enumerate(COMBINED)
+]
+
+
+@pytest.mark.parametrize(("family", "patched", "per_row", "mode"), ASKED)
 def test_agrees_with_full_forwards(tiny, draw, family, patched, per_row, mode):
     """Several prompts, several rows, shared values and values of their own, by every strategy that is exact."""
     model = tiny(family)
@@ -82,7 +86,7 @@ def test_agrees_with_full_forwards(tiny, draw, family, patched, per_row, mode):
 @pytest.mark.parametrize("family", KINDS)
 def test_values_by_step(tiny, draw, family, random):
     """A set of values for each step, shared by all rows or a row's own; nothing is patched after them."""
-    model = tiny(family)
+    model, texts = tiny(family), TEXTS[1:]
     heads, values = draw(model, rows=2)
     steps = 3 * torch.randn(4, *values.shape, generator=random)
     for by_step in (steps, torch.stack([steps, steps.flip(0)], dim=1)):
@@ -91,10 +95,10 @@ def test_values_by_step(tiny, draw, family, random):
         def at_step(row, rows=rows):
             return lambda step: rows[step, row] if step < 4 else None
 
-        want = [[by_hand(model, text, heads[row], at_step(row)) for row in (0, 1)] for text in TEXTS]
+        want = [[by_hand(model, text, heads[row], at_step(row), count=6) for row in (0, 1)] for text in texts]
         for strategy in ("auto", "expanded", "batch", "naive"):
-            given = dict(heads=heads, values=by_step, by_step=True, patched="all", max_new_tokens=COUNT)
-            assert engine.generate(model, TEXTS, strategy=strategy, **given) == want, strategy
+            given = dict(heads=heads, values=by_step, by_step=True, patched="all", max_new_tokens=6)
+            assert engine.generate(model, texts, strategy=strategy, **given) == want, strategy
 
 
 @pytest.mark.parametrize("family", KINDS)

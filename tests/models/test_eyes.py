@@ -44,6 +44,7 @@ def test_rows_are_those_of_naive(eyes, prompt, strategy):
     assert (got[0] - got[1]).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_in_float64(prompt):
     model = models.load("smollm2-eyes", dtype=torch.float64)
     torch.manual_seed(0)
