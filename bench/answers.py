@@ -18,7 +18,8 @@ from engine.tasks.scoring import Scored
 
 WORDS = ("antonyms", "past_tense", "comparatives", "capitals")
 PATCHED: tuple[Any, ...] = ("prompt", 1, "all")
-LOSSES = ("first_token", "answer")
+LOSSES = ("first_token", "answer", "answer and end")
+END = "\n"  # of an answer's line
 EXAMPLES, SHOTS, ICL_SHOTS, VALIDATION, QUERIES = 100, 8, 5, 50, 100
 BY = ("exact", "first_token")
 
@@ -48,14 +49,21 @@ def measure(model: Any, task: Any, seed: int, steps: int, losses: Sequence[str])
     yield dict(known, way=f"{ICL_SHOTS}-shot", **scores(model, prompts["few_shot"]))
     means = engine.mean_activations(model, prompts["many_shot"], progress=False)
     for loss in losses:
+        end = END if loss == "answer and end" else ""
+        searched, validation = (ended(prompts[part], end) for part in ("searched", "validation"))
         vector = engine.mtv.extract(
-            model, prompts["searched"], means, steps=steps, loss=cast(Scored, loss), seed=seed,
-            validation=prompts["validation"], progress=False,
+            model, searched, means, steps=steps, loss=cast(Scored, loss.split()[0]), seed=seed,
+            validation=validation, progress=False,
         )  # fmt: skip
         for patched in PATCHED:
             given = dict(heads=vector.heads, values=vector.values, patched=patched)
             found = scores(model, prompts["zero_shot"], **given)
             yield dict(known, way="MTV", loss=loss, patched=str(patched), heads=len(vector.heads), **found)
+
+
+def ended(examples: Sequence[engine.Example], end: str) -> list[engine.Example]:
+    """With the end of the line as part of the answer: a loss over it asks for answers that end there."""
+    return [engine.Example(example.prompt, f"{example.answer}{end}") for example in examples]
 
 
 def run(names: Sequence[str], seeds: int, steps: int, losses: Sequence[str], path: Path) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from engine.experiments import run as run_experiment
 from engine.methods import mtv
 from engine.methods.estimators import Estimator
 from engine.steps import Patched
-from engine.tasks.scoring import Scored
+from engine.tasks.scoring import Example, Scored
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 PATCHED = "Which tokens of an answer are patched: prompt (the prompt's last), all, or so many new ones too."
@@ -74,9 +74,9 @@ def extract(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the prompts and the search.")] = 0,
     folder: Annotated[Path | None, typer.Option("--out", help="Where results go; default out/TASK.")] = None,
-    loss: Annotated[str, typer.Option(help=f"Of an answer that is searched by: {', '.join(get_args(Scored))}.")] = (
-        "first_token"
-    ),
+    loss: Annotated[
+        str, typer.Option(help=f"Of an answer (and its line's end), to search by: {', '.join(get_args(Scored))}.")
+    ] = ("first_token"),
     patched: Annotated[str, typer.Option(help=PATCHED)] = "prompt",
     at_once: Annotated[
         int | None, typer.Option(help="Rollouts run together; default all, shared by the ranks.")
@@ -131,6 +131,10 @@ def extract(
         else:
             started = time.perf_counter()
             with search_line(quiet) as on_step:
+                if loss != "first_token":  # the answer ends with its line
+                    pool, validation = (
+                        [Example(one.prompt, f"{one.answer}\n") for one in some] for some in (pool, validation)
+                    )
                 vector = mtv.extract(
                     lm, pool, means, preset=preset, steps=steps, estimator=cast(Estimator, estimator),
                     rollouts=rollouts, prompts_per_step=prompts_per_step, loss=cast(Scored, loss), seed=seed,

@@ -108,9 +108,9 @@ def extract(
     rollouts:   head masks a step, each run on every prompt of it (default 32); straight_through: masks a prompt
                 (default 1); relaxed draws none (1).
     prompts_per_step: examples whose mean loss a step lowers; default 1.
-    loss:       of an answer's first token (default, the method's own), of all of it ("answer": the sum over its tokens,
-                the mask at the prompt's last token only; the reference code's other loss, with rollouts=8), or of a
-                token of it ("token_mean").
+    loss:       of an answer's first token (default, the method's own), of all of it ("answer", the sum over its tokens;
+                the reference code's other loss, with rollouts=8), or of a token of it ("token_mean"). Masks are at the
+                prompt's last token. Answers given with their end, " red\\n", find heads that end them.
     threshold:  heads of a probability up to this are never drawn at the end; default 0. The reference code: 0.8 for
                 one of its models.
     validation: examples that choose among the candidates of the end; default a third of `examples`, 50 at most, drawn

@@ -14,7 +14,7 @@ def test_every_way_is_scored(model, monkeypatch, tmp_path):
         monkeypatch.setattr(answers, name, size)
     task = tasks.load("comparatives")
     records = list(answers.measure(model, task, 0, 2, answers.LOSSES))
-    assert [record["way"] for record in records] == ["zero-shot", "1-shot", *["MTV"] * 6]
+    assert [record["way"] for record in records] == ["zero-shot", "1-shot", *["MTV"] * 9]
     assert all(0 <= record[by] <= 1 for record in records for by in answers.BY)
     assert {record.get("patched") for record in records} == {None, "prompt", "1", "all"}
     monkeypatch.setattr(answers.models, "load", lambda _: model)
@@ -23,8 +23,8 @@ def test_every_way_is_scored(model, monkeypatch, tmp_path):
     assert whole == json.loads(path.read_text()) == records
     monkeypatch.setattr(answers, "measure", lambda *_: pytest.fail("done already"))
     assert answers.run(["comparatives"], 1, 2, answers.LOSSES, path) == whole
-    assert answers.table(whole).row_count == 8
-    assert len(answers.markdown(whole).splitlines()) == 10
+    assert answers.table(whole).row_count == 11
+    assert len(answers.markdown(whole).splitlines()) == 13
 
 
 def test_rows_say_what_transformers_says(model):
