@@ -30,6 +30,11 @@ PACKED = ("llama", "gpt2", "qwen3")
 KINDS = (*FAMILIES, "unpacked")
 
 
+def pytest_collection_modifyitems(items):
+    """The notebook first: the longest test by far would leave one of two processes idle if it were the last."""
+    items.sort(key=lambda item: item.path.name != "test_walkthrough.py")
+
+
 def unpacked(model):
     """A model whose rows are not packed, whatever its own rules say."""
     ruled = model._ruled_of

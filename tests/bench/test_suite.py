@@ -183,7 +183,7 @@ class TestCommand:
 
     def test_quick(self, tmp_path):
         """From the command line to the files, peak memory in a child included."""
-        options = ["--quick", "--shapes", "tiny", "--tokens", "9,5", "--rows", "4", "--rounds", "2"]
+        options = ["--quick", "--shapes", "tiny", "--tokens", "9", "--rows", "4", "--rounds", "2"]
         options += ["--providers", "packed,naive,hooks", "--out", str(tmp_path)]
         ran = self.invoke(*options)
         assert ran.exit_code == 0

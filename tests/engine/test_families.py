@@ -25,7 +25,10 @@ REFUSED = {  # families that do not go through the attention interface; that are
 
 
 # Near relatives of others that are looked at.
-RELATIVES = ("mixtral", "olmo2", "qwen2", "opt", "llava_onevision", "idefics2", "qwen2_vl", "internvl")
+RELATIVES = (
+    "mixtral", "olmo2", "qwen2", "opt", "gpt_neox", "phi3", "falcon_alibi", "gemma3", "llava_onevision", "idefics2",
+    "smolvlm", "qwen2_vl", "qwen3_vl", "internvl",
+)  # fmt: skip
 EVERY = [pytest.param(f, marks=[pytest.mark.slow] * (f in RELATIVES)) for f in (*tiny.TEXT, *tiny.IMAGE_TEXT)]
 
 
