@@ -164,15 +164,19 @@ def memory_child() -> None:
     memory_case.serve(sys.stdin.read())
 
 
+def _show(case: str, title: str, result: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=title)
+    for key, value in result.items():
+        table.add_row(key, sweeps_case.number(value))
+    out.print(table)
+    _record(case, [result])
+
+
 @app.command()
 def search(model: str = "smollm2-135m", task: str = "antonyms", steps: int = 100) -> None:
     """The whole MTV search against the loop of hooked forwards."""
     result = search_case.measure(models.load(model), task, steps)
-    table = Table(show_header=False, title=f"MTV search, {model}")
-    for key, value in result.items():
-        table.add_row(key, f"{value:.2f}" if isinstance(value, float) else str(value))
-    out.print(table)
-    _record("search", [result])
+    _show("search", f"MTV search, {model}", result)
 
 
 @app.command()
@@ -187,33 +191,21 @@ def sweeps(model: str = "smollm2-135m", task: str = "antonyms", prompts: int = 2
 def pictures(model: str = "smollm2-eyes", rounds: int = 5) -> None:
     """32 rollouts on a prompt of three pictures against 32 naive forwards."""
     result = pictures_case.measure(models.load(model), rounds=rounds)
-    table = Table(show_header=False, title=f"32 rollouts, three pictures, {model}")
-    for key, value in result.items():
-        table.add_row(key, sweeps_case.number(value))
-    out.print(table)
-    _record("pictures", [result])
+    _show("pictures", f"32 rollouts, three pictures, {model}", result)
 
 
 @app.command()
 def generation(model: str = "smollm2-135m", rows: int = 32, tokens: int = 128, rounds: int = 5) -> None:
     """20 tokens of 32 rows patched at the prompt's last token, against transformers' generate on as many copies."""
     result = generation_case.measure(models.load(model), rows, tokens, rounds=rounds)
-    table = Table(show_header=False, title=f"{rows} answers of 20 tokens, {model}")
-    for key, value in result.items():
-        table.add_row(key, sweeps_case.number(value))
-    out.print(table)
-    _record("generation", [result])
+    _show("generation", f"{rows} answers of 20 tokens, {model}", result)
 
 
 @app.command()
 def positions(model: str = "smollm2-135m", rounds: int = 3) -> None:
     """Sweeps over all heads by where the prompt is patched, and means, against the loop of hooks."""
     result = positions_case.measure(models.load(model), rounds=rounds)
-    table = Table(show_header=False, title=f"the loop over ours, {model}")
-    for key, value in result.items():
-        table.add_row(key, sweeps_case.number(value))
-    out.print(table)
-    _record("positions", [result])
+    _show("positions", f"the loop over ours, {model}", result)
 
 
 @app.command()

@@ -101,8 +101,9 @@ def generate(
     how = Speaking(n_new, choice, stops, _ends(model, config), on_token)
     answers = _answer(model, how, steps, prompts, ways, budget)
     z = capture and [
-        [_captured(model, steps.select([row]), p, one) for row, one in enumerate(rows)]
+        [_captured(model, steps.select([row]), ready, one) for row, one in enumerate(rows)]
         for p, rows in zip(prompts, answers, strict=True)
+        for ready in _ready(p)
     ]
     said: list[list[Any]] = z or [[one.text() for one in rows] for rows in answers]
     if steps.n_rows > 1:

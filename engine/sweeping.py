@@ -412,8 +412,14 @@ def in_passes(
     """`run(prompt, some)` for slices of the rows of prompt n, as many at once as fit. More than one share a prefix."""
     longest = with_answer(asked.model, prompt, max(asked.answers(n), key=len))
     fit = partial(budget.rows, longest, position % len(prompt.tokens))
-    whole = prompt if fit() >= n_rows and budget.most >= n_rows else computed(prompt, [position])
-    budget.passes(n_rows, fit, lambda some: run(whole, some))
+
+    def part(some: slice) -> None:
+        nonlocal prompt
+        if some != slice(0, n_rows):
+            prompt = computed(prompt, [position])
+        run(prompt, some)
+
+    budget.passes(n_rows, fit, part)
 
 
 def _resume(mark: Path | None, part: dict[str, Any], found: Mapping[str, Tensor]) -> int:

@@ -15,12 +15,11 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from engine.checking import able
 from engine.prefix import Prefix, compute, shareable
 from engine.runner import segments
-from engine.tasks.scoring import with_answer
+from engine.tasks.scoring import cross_entropies, with_answer
 from models import Edit, Model, UnsupportedModelError
 from models.shapes import Float
 
@@ -96,15 +95,12 @@ def gate_gradients(
             alike = [i for i, answer in enumerate(targets) if len(answer) == n]
             some = gates[alike].detach().clone().requires_grad_()
             grown = [with_answer(model, prompts[i], targets[i]) for i in alike]
-            logits = gated_logits(model, grown, some, means).float()
+            logits = gated_logits(model, grown, some, means)
             if not logits.requires_grad:
                 raise UnsupportedModelError(
                     f"{model.name} records no gradients: search by estimator='reinforce' or 'leave_one_out'"
                 )
-            logits = logits.view(*some.shape[:2], n, -1)
-            target = torch.tensor([targets[i] for i in alike], device=logits.device)[:, None].expand(logits.shape[:3])
-            each = cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
-            loss = each.mean(dim=-1) if mean else each.sum(dim=-1)
+            loss = cross_entropies(logits, [targets[i] for i in alike], mean)
             losses[alike] = loss.detach().to(losses)
             gradients[alike] = torch.autograd.grad(loss.sum(), some)[0].to(gradients)
     return losses.detach().float().cpu(), gradients.float().cpu()

@@ -32,7 +32,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from engine.artifacts import TaskVector
 from engine.checking import able
@@ -50,6 +49,7 @@ from engine.tasks.scoring import (
     ExampleLike,
     Scored,
     answer_losses,
+    cross_entropies,
     read_examples,
     scored_tokens,
     with_answer,
@@ -315,18 +315,13 @@ def _run(
         if len(rows):
             if replay is not None and len(beside) == replay.rows:
                 found = torch.stack([
-                    _losses(replay(prompt, heads=beside, values=means), target[0])
+                    cross_entropies(replay(prompt, heads=beside, values=means)[None], [target])[0]
                     for prompt, target in zip(prompts, targets, strict=True)
                 ])  # fmt: skip
             else:
                 found = answer_losses(model, prompts, targets, heads=beside, values=means, mean=mean)
             losses = torch.cat([losses, found[:, : len(rows)].T.cpu()])
     return _told(world, losses, masks, at_once).T
-
-
-def _losses(logits: Float[Tensor, "rows vocab"], target: int) -> Float[Tensor, " rows"]:
-    wanted = torch.full((len(logits),), target, device=logits.device)
-    return cross_entropy(logits.float(), wanted, reduction="none")
 
 
 def _run_gates(

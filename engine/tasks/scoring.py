@@ -17,7 +17,7 @@ from engine.patching import patch
 from engine.prefix import Prefix, as_prefix
 from models import Model, Prompt, PromptLike, UnsupportedModelError
 from models.reading import as_int, read_list, read_tensor, tokenise
-from models.shapes import Bool, Float, Int, Integer
+from models.shapes import Bool, Float, Integer
 
 AT_ONCE = 16  # prompts whose logits [prompts, rows, vocab] are held at once
 
@@ -133,11 +133,14 @@ def with_answer(model: Model, prompt: PromptLike | Prefix, answer: Sequence[int]
     return replace(prefix, prompt=model.then(prefix.prompt, more), places=len(answer))
 
 
-def token_log_probabilities(
-    logits: Float[Tensor, "*rows places vocab"], answer: Int[Tensor, "*rows places"]
-) -> Float[Tensor, "*rows places"]:
-    """Of each token of the answer, teacher-forced, in nats."""
-    return logits.log_softmax(dim=-1).gather(-1, answer[..., None])[..., 0]
+def cross_entropies(
+    logits: Float[Tensor, "prompts rows *places vocab"], answers: Sequence[Sequence[int]], mean: bool = False
+) -> Float[Tensor, "prompts rows"]:
+    """Of answers of one length, in nats: summed over their tokens, or their mean."""
+    logits = logits.float().view(*logits.shape[:2], len(answers[0]), -1)
+    target = torch.tensor(answers, device=logits.device)[:, None].expand(logits.shape[:3])
+    each = cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
+    return each.mean(dim=-1) if mean else each.sum(dim=-1)
 
 
 @torch.no_grad()
@@ -166,13 +169,8 @@ def answer_losses(
         which = list(alike)
         for some in (which[start : start + AT_ONCE] for start in range(0, len(which), AT_ONCE)):
             grown = [with_answer(model, prompts[n], answers[n]) for n in some]
-            places = grown[0].places
-            logits = patch(model, grown, heads=heads, values=values, positions=-places).float()
-            logits = logits.view(*logits.shape[:2], places, -1)  # [prompts, rows, places, vocab]
-            target = torch.tensor([answers[n] for n in some], device=logits.device)
-            target = target[:, None].expand(logits.shape[:3])
-            each = cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
-            for n, loss in zip(some, each.mean(-1) if mean else each.sum(-1), strict=True):
+            logits = patch(model, grown, heads=heads, values=values, positions=-grown[0].places)
+            for n, loss in zip(some, cross_entropies(logits, [answers[n] for n in some], mean), strict=True):
                 losses[n] = loss
     return torch.stack(losses).cpu()
 
