@@ -164,9 +164,9 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def number(value: float | dict[str, float]) -> str:
+def number(value: str | float | dict[str, float]) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
-    if isinstance(value, int):
+    if isinstance(value, int | str):
         return str(value)
     return f"{value:.1e}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
