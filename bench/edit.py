@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from bench.timing import ratio, summary
-from engine.intervention import Mode
-from engine.ops import edit_heads
+from engine.core.ops import edit_heads
+from engine.core.patches import Mode
 
 CALLS = 1000
 

@@ -13,7 +13,7 @@ from PIL import Image
 import engine
 import models
 from engine import naive
-from engine.planning import Strategy
+from engine.core.planning import Strategy
 from engine.progress import track
 from models import Model, lens, nnsight_backend, tiny
 from models.opening import Backend

@@ -26,7 +26,7 @@ from bench.limits import Sizes
 from bench.machine import describe, measure_rates
 from bench.timing import interleaved, ratio, summary
 from engine import naive
-from engine.ops import edit_heads
+from engine.core.ops import edit_heads
 from models import zoo
 
 out = Console(width=120)

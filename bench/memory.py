@@ -15,15 +15,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from bench.cells import Cell, some_rows, wrap
 from bench.records import FORWARDS, Record
 from engine.progress import track
-
-if TYPE_CHECKING:
-    from bench.suite import Cell
 
 MiB = 2**20
 
@@ -79,7 +77,6 @@ def serve(request: str) -> None:
     """In the child: a line of JSON a job, MiB or null."""
     from bench.providers import PROVIDERS
     from bench.shapes import make
-    from bench.suite import Cell
 
     asked = json.loads(request)
     # A pool of threads does not survive a fork: none is begun before it.
@@ -104,8 +101,6 @@ def serve(request: str) -> None:
 
 @torch.no_grad()
 def _measure(there: Any, hf: Any, job: dict[str, Any], threads: int) -> None:
-    from bench.suite import wrap
-
     torch.set_num_threads(threads)
     case, provider, _, tokens, rows, _, _, backend = job["key"]
     model = wrap(hf, backend)
@@ -117,7 +112,6 @@ def _measure(there: Any, hf: Any, job: dict[str, Any], threads: int) -> None:
 def _call(case: str, name: str, hf: Any, model: Any, tokens: int, rows: int, run: int) -> Callable[[], object]:
     from bench.cases import CASES, ask
     from bench.providers import PROVIDERS
-    from bench.suite import some_rows
 
     everything = ask(model.shape, tokens, CASES[case].heads(model.shape, rows), model.device)
     ids = everything.ids[None]

@@ -19,16 +19,15 @@ from torch import Tensor, nn
 import models
 from bench import memory
 from bench.cases import CASES, Case, Question, ask, depth, draw_and_update
+from bench.cells import Cell, some_rows, wrap
 from bench.limits import Rates, Sizes, floor
 from bench.machine import describe, free_bytes, measure_rates, synchronise
 from bench.providers import PROVIDERS, Cannot, Provider
-from bench.providers.provider import twin
 from bench.records import FORWARDS, LOOPS, Record, Results
-from bench.shapes import Numbers, make, weights_bytes
+from bench.shapes import make, weights_bytes
 from bench.timing import interleaved, ratio, summary
 from engine.progress import track
 from models import Model
-from models.opening import Backend
 
 # Largest distance from the oracle, as a share of its answer, that rounding explains; in half precision only gross
 # errors show.
@@ -36,23 +35,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, tor
 ORACLE_ROWS = 2  # the first and the last: what every answer is compared in
 LEAST_ROUNDS = 3
 ROOM = 0.8  # share of the free memory that a cell may take
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One question: of which model, of how many tokens and rows."""
-
-    case: str
-    shape: str
-    tokens: int
-    rows: int
-    dtype: str
-    device: str
-    backend: str = "huggingface"
-
-    @property
-    def model(self) -> tuple[str, str, str, str]:
-        return self.shape, self.dtype, self.device, self.backend
 
 
 @dataclass(frozen=True)
@@ -121,22 +103,6 @@ def run(cells: Sequence[Cell], providers: Sequence[str], settings: Settings, pro
             memory.fill_in(records, some, settings.memory, settings.memory_cases, progress)
     machine = describe(cells[0].device)
     return Results(machine, speeds, {**asdict(settings), "providers": list(providers)}, records)
-
-
-def wrap(hf: Any, backend: Backend | str) -> Model:
-    """The model that the oracle and this engine run, by one of the backends."""
-    if backend == "huggingface":
-        return models.wrap(hf, Numbers())
-    own = twin(hf)
-    if backend == "nnsight":
-        import nnsight
-
-        return models.wrap(nnsight.NNsight(own), Numbers())
-    from transformer_lens.model_bridge.sources import build_bridge_from_module
-
-    return models.wrap(
-        build_bridge_from_module(own, type(own).__name__, hf_config=own.config, tokenizer=None), Numbers()
-    )
 
 
 class _Ready:
@@ -264,12 +230,6 @@ def admit(
     if seconds > settings.patience:
         raise _LeftOut("skipped", f"a call takes {seconds:.2g} s, {settings.patience:g} are allowed")
     return call, seconds
-
-
-def some_rows(question: Question, count: int) -> Question:
-    """Of all rows, `count` of them spread from the first to the last."""
-    last = len(question.heads) - 1
-    return replace(question, run=torch.linspace(0, last, min(count, last + 1)).round().long())
 
 
 def apart(case: Case, model: Model, question: Question, answer: Tensor, few: Question, oracle: Tensor) -> float:

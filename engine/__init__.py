@@ -5,23 +5,26 @@ model = models.load("smollm2-135m")
 logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
 """
 
-from engine import distributed, experiments, groups, metrics, naive
-from engine.activations import capture, mean_activations
+from engine import distributed, experiments
+from engine.answers import evaluation
+from engine.answers.decoding import Answer
+from engine.answers.evaluation import Cost, Score, cost, evaluate
+from engine.answers.generation import generate
+from engine.answers.handover import start
 from engine.artifacts import TaskVector
-from engine.attribution import attribute
-from engine.decoding import Answer
-from engine.effects import Effects
-from engine.evaluation import Cost, Score, cost, evaluate
-from engine.generation import generate
-from engine.handover import start
-from engine.intervention import Patch, Steering
+from engine.core import naive
+from engine.core.activations import capture, mean_activations
+from engine.core.patches import Patch, Steering
+from engine.core.patching import patch, plan
+from engine.core.planning import Plan
+from engine.core.prefix import Prefix, PrefixPool, prefill
+from engine.core.rowstep import RowStep
 from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
-from engine.patching import patch, plan
-from engine.planning import Plan
-from engine.prefix import Prefix, PrefixPool, prefill
-from engine.rowstep import RowStep
-from engine.sweeping import sweep
+from engine.questions import groups, metrics
+from engine.questions.attribution import attribute
+from engine.questions.effects import Effects
+from engine.questions.sweeping import sweep
 from engine.tasks import Example, Task
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "cost",
     "distributed",
     "evaluate",
+    "evaluation",
     "experiments",
     "fv",
     "generate",

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from engine.intervention import check_model
+from engine.core.patches import check_model
 from models import Model
 from models.reading import read_tensor
 from models.shapes import Bool, Float

@@ -23,14 +23,14 @@ from rich.table import Table
 import engine
 import models
 from engine import plots, tasks
+from engine.answers.evaluation import Cost, Score, wilson
+from engine.answers.steps import Patched
 from engine.artifacts import write_whole
 from engine.distributed import LostRankError, joined
-from engine.evaluation import Cost, Score, wilson
 from engine.experiments import DATA_SETS, EXPERIMENTS, Options, default_shots
 from engine.experiments import run as run_experiment
 from engine.methods import mtv
 from engine.methods.estimators import Estimator
-from engine.steps import Patched
 from engine.tasks.scoring import Example, Scored
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -1,6 +1,6 @@
 """What is exact on a model by all that is known of it before anything runs. General rules, no list of names.
 
-The net under them is `engine.checking`, which compares with plain forwards.
+The net under them is `engine.core.checking`, which compares with plain forwards.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 import engine
 import models
 from engine import Example
-from engine.planning import make_plan
+from engine.core.planning import make_plan
 from engine.tasks import Pair
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -28,7 +28,7 @@ def public():
         "engine.vtv": (engine.vtv, ["extract"]),
         "engine.mtv": (engine.mtv, ["extract", "Preset", "Step"]),
         "engine.naive": (engine.naive, ["patch"]),
-        "engine.planning": (engine.planning, ["make_plan"]),
+        "engine.core.planning": (engine.core.planning, ["make_plan"]),
         "engine.tasks": (engine.tasks, engine.tasks.__all__),
         "engine.tasks.easy_vqa": (engine.tasks.easy_vqa, ["load", "told"]),
         "engine.tasks.two_way": (engine.tasks.two_way, ["two_way", "flowers", "cub", "fashion_mnist", "digits"]),
@@ -80,6 +80,7 @@ def names(smollm2, means, tmp_path, monkeypatch):
         Prompt=models.Prompt,
         Shape=models.Shape,
         make_plan=make_plan,
+        Request=engine.core.planning.Request,
         torch=torch,
     )
 

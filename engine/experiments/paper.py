@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from engine.core.patching import patch
 from engine.experiments.setting import VALIDATION, AnyTask, Record, Setting, Way, brings_pair
 from engine.methods import function_vectors, vtv
-from engine.patching import patch
 from engine.tasks import Example
 
 COUNTS = (1, 4, 16, 64, 100, 256, 500)  # of examples behind the means, Figure 1 of the appendix

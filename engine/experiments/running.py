@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from engine import plots
+from engine.answers.evaluation import wilson
 from engine.artifacts import TaskVector, write_whole
-from engine.evaluation import wilson
+from engine.core.patches import check_model
 from engine.experiments import report
 from engine.experiments.paper import EXPERIMENTS, FOUR, baselines, main
 from engine.experiments.setting import AnyTask, Options, Record, Setting
-from engine.intervention import check_model
 from engine.methods import mtv
 from models import Model
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Generator, Tensor
 
-from engine.activations import mean_activations
+from engine.answers.evaluation import exact
+from engine.answers.generation import generate
 from engine.artifacts import TaskVector
+from engine.core.activations import mean_activations
+from engine.core.patches import Steering
+from engine.core.patching import patch
+from engine.core.prefix import Prefix, as_prefix, compute, shareable
 from engine.distributed import digest, identity
-from engine.evaluation import exact
-from engine.generation import generate
-from engine.intervention import Steering
 from engine.methods import mtv
 from engine.methods.search import PRESETS
-from engine.patching import patch
-from engine.prefix import Prefix, as_prefix, compute, shareable
 from engine.progress import track
 from engine.tasks import Example, Task, first_token
 from engine.tasks.pictures import PictureTask

@@ -16,9 +16,9 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from engine.checking import able
-from engine.prefix import Prefix, compute, shareable
-from engine.runner import segments
+from engine.core.checking import able
+from engine.core.prefix import Prefix, compute, shareable
+from engine.core.runner import segments
 from engine.tasks.scoring import cross_entropies, with_answer
 from models import Edit, Model, UnsupportedModelError
 from models.shapes import Float

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.activations import mean_activations
 from engine.artifacts import can_begin, load_tensors, save_tensors
-from engine.effects import Effects
-from engine.intervention import Steering, Values, check_model, read_heads, read_values
-from engine.sweeping import sweep
+from engine.core.activations import mean_activations
+from engine.core.patches import Steering, Values, check_model, read_heads, read_values
+from engine.questions.effects import Effects
+from engine.questions.sweeping import sweep
 from engine.tasks.scoring import (
     Example,
     ExampleLike,

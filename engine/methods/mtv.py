@@ -34,15 +34,15 @@ import torch
 from torch import Tensor
 
 from engine.artifacts import TaskVector
-from engine.checking import able
+from engine.core.checking import able
+from engine.core.patches import Values, check_model, read_values
+from engine.core.prefix import Prefix, PrefixPool
+from engine.core.rowstep import RowStep
 from engine.distributed import ALONE, LostRankError, World, digest
 from engine.distributed import identity as model_identity
-from engine.intervention import Values, check_model, read_values
 from engine.methods.estimators import BY_GATES, ESTIMATORS, Estimator, gate_gradients
 from engine.methods.search import PRESETS, Preset, Search, read_checkpoint
-from engine.prefix import Prefix, PrefixPool
 from engine.progress import track
-from engine.rowstep import RowStep
 from engine.tasks.scoring import (
     AT_ONCE,
     Example,

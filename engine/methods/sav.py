@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from engine.activations import capture
 from engine.artifacts import load_tensors, save_tensors
-from engine.intervention import check_model
+from engine.core.activations import capture
+from engine.core.patches import check_model
 from models import Model, PromptLike
 from models.reading import as_int, read_tensor
 from models.shapes import Float, Int, Integer

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.activations import mean_activations
 from engine.artifacts import TaskVector
-from engine.intervention import check_model
+from engine.core.activations import mean_activations
+from engine.core.patches import check_model
 from engine.methods import mtv
 from engine.tasks.scoring import ExampleLike, check_examples, read_examples
 from models import Model

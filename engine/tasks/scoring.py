@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from engine.intervention import Heads, Steering, Values, check_model
-from engine.patching import patch
-from engine.prefix import Prefix, as_prefix
+from engine.core.patches import Heads, Steering, Values, check_model
+from engine.core.patching import patch
+from engine.core.prefix import Prefix, as_prefix
 from models import Model, Prompt, PromptLike, UnsupportedModelError
 from models.reading import as_int, read_list, read_tensor, tokenise
 from models.shapes import Bool, Float, Integer

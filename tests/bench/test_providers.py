@@ -8,10 +8,11 @@ import torch
 
 import models
 from bench.cases import CASES, ask
+from bench.cells import some_rows
 from bench.providers import PROVIDERS, Cannot, Provider
 from bench.providers.provider import twin
 from bench.shapes import Numbers, make
-from bench.suite import TOLERANCE, apart, counted, open_provider, some_rows
+from bench.suite import TOLERANCE, apart, counted, open_provider
 
 
 @pytest.fixture(scope="module")

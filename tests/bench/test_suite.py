@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from bench import __main__ as command
 from bench import machine, report, suite
+from bench.cells import Cell
 from bench.limits import Rates
 from bench.providers import PROVIDERS, ours
 from bench.records import Record, Results, load, to_json
 from bench.shapes import SHAPES, make, weights_bytes
-from bench.suite import Cell, Settings, fill_in, grid, run
+from bench.suite import Settings, fill_in, grid, run
 
 FAST = Settings(rounds=2, memory=0)
 CELL = Cell("rollouts", "tiny", 9, 4, "float32", "cpu")

@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 import engine
 import models
-from engine import Example, activations, distributed
+from engine import Example, distributed
 from engine.artifacts import load_tensors
 from engine.cli import app, plain_errors
+from engine.core import activations
 from engine.distributed import ALONE, LostRankError, World
 from engine.methods import mtv
 from models import zoo

@@ -23,7 +23,7 @@ from tests import conftest  # before engine and models, so that their calls are 
 import engine
 import models
 from engine import Example
-from engine.planning import Strategy
+from engine.core.planning import Strategy
 from models import sharding, tiny, zoo
 
 ROOT = Path(conftest.__file__).parents[1]

@@ -1,0 +1,1 @@
+"""Patches as data, the plan, the prefix, the one runner, the oracle: what every question is asked through."""

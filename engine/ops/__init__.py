@@ -1,5 +1,0 @@
-"""What is computed in several ways behind one name."""
-
-from engine.ops.edit import Impl, edit_heads
-
-__all__ = ["Impl", "edit_heads"]

@@ -1,0 +1,150 @@
+"""Attribution patching: the effect of every head at once, estimated from gradients of the metric.
+
+    effect[n, l, h]  =  sum_d  g[l, h, d] * (new - z)[l, h, d]
+
+z are the activations of the patched token, new what a sweep would put there, and g the gradient of the metric with
+respect to something added to z[l, h], later layers free to respond: of the unpatched run (steps = 1), or its mean over
+a path (steps > 1).
+
+The path is straight: at its point a, 0 <= a <= 1, every head's output is shifted by a (new - z) at once, z being those
+of the unpatched run. The k points are the midpoints a = (i - 1/2) / k. With enough of them the effects of all heads sum
+to the metric with all heads shifted by new - z less that of the unpatched run (completeness of integrated gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.core.budget import Budget
+from engine.core.checking import able
+from engine.core.patches import Positions
+from engine.core.prefix import Prefix
+from engine.progress import track
+from engine.questions.effects import Effects
+from engine.questions.metrics import Metric
+from engine.questions.sweeping import Ablation, Answers, Asked, activations, computed, in_passes, read
+from engine.tasks.scoring import ExampleLike, Scored
+from models import Model, PromptLike, UnsupportedModelError
+from models.reading import read_int
+from models.shapes import Float, Integer
+
+
+def attribute(
+    model: Model,
+    prompts: Sequence[PromptLike | ExampleLike],
+    values: Tensor | np.ndarray | Ablation | None = None,
+    *,
+    source: Sequence[PromptLike] | None = None,
+    metric: Metric | Callable[[Tensor], Tensor] = "probability",
+    targets: Answers = None,
+    others: Answers = None,
+    scored: Scored = "answer",
+    positions: Positions = -1,
+    steps: Integer = 1,
+    memory: Integer | None = None,
+    seed: Integer = 0,
+    progress: bool = True,
+) -> Effects:
+    """The effect of patching each head alone, estimated for all heads by one forward and one backward pass a prompt.
+
+    The arguments are those of `engine.sweep`, which computes what is estimated here, and
+    steps: 1: the gradient of the unpatched run (default). More: its mean over so many points of the straight path on
+           which all heads are shifted at once by what patching each would change; all of them rows of one pass.
+           Their effects sum to that of shifting all heads; the effect of one head alone may be estimated worse.
+
+    Returns `Effects` as `engine.sweep` does, but `patched` is no run: it is clean plus the estimate, so that `effect`
+    is the estimate. `clean` and `reference` are exact. Half-precision models give half-precision gradients.
+
+    Raises ValueError, TypeError or IndexError as `engine.sweep`, and ValueError for "rank", which has no gradient, for
+    "kl" with one step, whose gradient is 0 there, and fewer steps than one: all before anything runs. With the first
+    prompt: UnsupportedModelError for a model without gradients (weights made in inference mode, layers that record
+    none), ValueError for a metric of one's own that records none. Gradients of the weights are neither made nor
+    changed, whether they require them or not.
+
+    Source: Attribution Patching (Nanda, 2023), https://www.neelnanda.io/mechanistic-interpretability/attribution-patching;
+    AtP* (arXiv 2403.00745); more than one step: integrated gradients (arXiv 1703.01365), as Have Faith in
+    Faithfulness (arXiv 2403.17806) takes them, there along the path between two inputs.
+
+    >>> estimated = engine.attribute(model, [Example("Q: hot\\nA:", " cold")], "zero", progress=False)
+    >>> estimated.effect.shape == (1, model.shape.n_layers, model.shape.n_heads)
+    True
+    """
+    steps = read_int(steps, "steps")
+    if metric == "rank":
+        raise ValueError("'rank' has no gradient: take 'log_probability', or engine.sweep")
+    if metric == "kl" and steps == 1:
+        raise ValueError("the gradient of 'kl' is 0 at the unpatched run, where it is least: give steps > 1")
+    with torch.inference_mode(False), torch.no_grad():
+        asked = read(model, prompts, values, source, metric, targets, others, positions, seed=seed, scored=scored)
+        budget = Budget(model, memory, graph=True)
+        n_prompts, units = len(asked.prompts), model.shape.n_layers * model.shape.n_heads
+        patched = torch.empty(n_prompts, len(asked.at), units, dtype=torch.float64)
+        clean, reference = patched.new_empty(n_prompts), patched.new_empty(n_prompts) if asked.sources else None
+        able(model, asked.prompts)
+        for n in track(range(n_prompts), "attribution", progress):
+            prompt, (new, source_run) = computed(asked.prompts[n], asked.at), asked.patched_in(n)
+            change = new.to(model.device) - activations(prompt, asked.at)  # [P, L, H, D]
+            for p, position in enumerate(asked.at):
+                gradient, unpatched = _gradient(asked, n, prompt, change[p], position, steps, budget)
+                clean[n] = unpatched[0]
+                patched[n, p] = clean[n] + (gradient * change[p].double()).sum(dim=-1).flatten().cpu()
+            if reference is not None and source_run is not None:
+                reference[n] = asked.scores(n, source_run, unpatched[1])[0]
+        return asked.effects(patched, clean, reference, metadata={"estimate": "attribution patching", "steps": steps})
+
+
+def _gradient(
+    asked: Asked,
+    n: int,
+    prompt: Prefix,
+    difference: Float[Tensor, "layers heads head_dim"],
+    position: int,
+    steps: int,
+    budget: Budget,
+) -> tuple[Float[Tensor, "layers heads head_dim"], tuple[Tensor, Float[Tensor, " vocab"]]]:
+    """The mean of the metric's gradient over the path; and of the unpatched run the metric and the logits."""
+    # The first row is the unpatched run, of which more steps take no gradient.
+    points = torch.cat([torch.zeros(1), (torch.arange(steps) + 0.5) / steps]) if steps > 1 else torch.zeros(1)
+    heads = torch.ones(len(points), *difference.shape[:2], dtype=torch.bool)
+    total = torch.zeros_like(difference, dtype=torch.float64)
+    clean: tuple[Tensor, Tensor] | None = None
+
+    def run(prompt: Prefix, some: slice) -> None:
+        nonlocal clean
+        shift = points[some].to(difference)[:, None, None, None] * difference  # [rows, L, H, D]
+        with torch.enable_grad():
+            shift.requires_grad_()
+            given = dict(heads=heads[some], values=shift, mode="add")
+            scores, logits = asked.scores(n, prompt, clean[1] if clean and some.start else None, position, **given)
+            gradient = _derivative(scores, shift)
+            if gradient is None:
+                raise _without(asked, recorded=_derivative(logits, shift) is not None)
+        if not some.start:
+            clean = scores[0].detach().clone(), logits[0].detach().clone()
+        total.add_(gradient[1 if steps > 1 and not some.start else 0 :].double().sum(dim=0))
+
+    try:
+        in_passes(asked, n, budget, len(points), prompt, position, run)
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{asked.model.name} gives no gradients: it, or a prefix that was given, was made in inference mode"
+        ) from error
+    return total / steps, clean  # type: ignore[return-value]
+
+
+def _derivative(of: Tensor, by: Tensor) -> Tensor | None:
+    return torch.autograd.grad(of.sum(), by, allow_unused=True)[0] if of.requires_grad else None
+
+
+def _without(asked: Asked, recorded: bool) -> ValueError:
+    if recorded:
+        return ValueError("the metric records no gradient: compute it from the logits by differentiable operations")
+    return UnsupportedModelError(
+        f"{asked.model.name} gives no gradients: its layers record none (quantised ones, or under torch.no_grad)"
+    )

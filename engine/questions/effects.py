@@ -1,0 +1,400 @@
+"""What patching single heads, or groups of them, does to a metric: effects over prompts, and how sure they are."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from engine.artifacts import load_tensors, save_tensors
+from engine.questions.metrics import check_scores
+from models.reading import read_int, read_seed
+from models.shapes import Bool, Float, Integer
+
+if TYPE_CHECKING:
+    import pandas
+
+Correction: TypeAlias = Literal["max", "holm", "fdr"]
+Ranking: TypeAlias = Literal["absolute", "positive", "negative"]
+
+AT_ONCE = 1024  # units whose resampled means are held at once
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Effects:
+    """The metric of N prompts, patched unit by unit. A unit is a head, or a named group of heads; at several positions,
+    each of them is one unit more.
+
+    patched:   metric of each patched run: [N, L, H], or [N, P, L, H] at P positions; [N, G] or [N, P, G] for groups.
+    clean:     metric of the unpatched run of each prompt.
+    reference: metric of the run that the activations came from, where there is one.
+    groups:    name and mask of each group, in the order of `patched`; None for single heads.
+    positions: the tokens patched one at a time, as they were given; None if `patched` has no such dimension.
+    metric:    its name, for tables and pictures.
+    metadata:  model, prompts, values, whatever else must be remembered; JSON.
+
+    Statistics are over prompts, in float64. Raises ValueError for shapes that do not fit, and for scores that are NaN
+    or infinite, naming the prompts; TypeError for half precision.
+
+    >>> effects = engine.Effects(torch.tensor([[[0.1, 0.7]], [[0.2, 0.5]]]), clean=torch.tensor([0.1, 0.1]))
+    >>> effects.top(1)
+    [(0, 1)]
+    """
+
+    patched: Float[Tensor, "prompts ..."]
+    clean: Float[Tensor, " prompts"]
+    reference: Float[Tensor, " prompts"] | None = None
+    groups: Mapping[str, Bool[Tensor, "layers heads"]] | None = None
+    positions: Sequence[int] | None = None
+    metric: str = "metric"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = list(self.patched.shape)
+        if len(shape) != len(self._dimensions) or 0 in shape:
+            raise ValueError(f"patched must have shape [{', '.join(self._dimensions)}], none of them 0, got {shape}")
+        scores = {"patched": self.patched, "clean": self.clean}
+        scores |= {} if self.reference is None else {"reference": self.reference}
+        for name, tensor in scores.items():
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"{name} must be of float32 or float64, got {tensor.dtype}")
+            if name != "patched" and list(tensor.shape) != shape[:1]:
+                raise ValueError(f"{name} must have shape {shape[:1]}, one a prompt, got {list(tensor.shape)}")
+            check_scores(tensor, f"{self.metric} of the {name} run")
+        if self.positions is not None and len(self.positions) != shape[1]:
+            raise ValueError(f"patched has {shape[1]} positions, but {len(self.positions)} were named")
+        if self.groups is not None and len(self.groups) != shape[-1]:
+            raise ValueError(f"patched has {shape[-1]} groups, but {len(self.groups)} were named")
+        masks = list((self.groups or {}).values())
+        if any(mask.dtype != torch.bool or mask.ndim != 2 or mask.shape != masks[0].shape for mask in masks):
+            raise ValueError("groups must be bool masks [layers, heads] of one shape")
+
+    def __repr__(self) -> str:
+        sizes = [f"{n} {what}" for n, what in zip(self.patched.shape, self._dimensions, strict=True)]
+        means = self.mean
+        reference = "" if self.reference is None else f", {self.reference.double().mean():.4g} at the reference"
+        return (
+            f"Effects on {self.metric}: {' x '.join(sizes)}; {self.clean.double().mean():.4g} unpatched{reference}; "
+            f"mean effects {means.min():.4g} to {means.max():.4g}"
+        )
+
+    @property
+    def effect(self) -> Float[Tensor, "prompts ..."]:
+        """Of each prompt: patched - clean."""
+        return self.patched - self._beside(self.clean)
+
+    @property
+    def normalised(self) -> Float[Tensor, "prompts ..."]:
+        """(patched - clean) / (reference - clean): 0 where the patch did nothing, 1 where it did all of it.
+
+        NaN for prompts whose reference and clean differ by no more than float32 rounds, with a warning that names them.
+        Raises ValueError without a reference.
+        """
+        if self.reference is None:
+            raise ValueError("normalised effects need the metric of a reference run; these effects have none")
+        span = self.reference - self.clean
+        # Of float32 whatever holds the scores: most models compute in no more.
+        rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(self.reference.abs(), self.clean.abs())
+        undefined = span.abs() <= rounding
+        if undefined.any():
+            prompts = undefined.nonzero().flatten().tolist()
+            warnings.warn(
+                f"normalised effects of prompts {prompts} are NaN: reference and clean run score the same", stacklevel=2
+            )
+        return self.effect / self._beside(span.masked_fill(undefined, torch.nan))
+
+    @property
+    def mean(self) -> Float[Tensor, "..."]:
+        """Mean effect of each unit, over prompts."""
+        return self._over_prompts.mean(dim=0).reshape(self.patched.shape[1:])
+
+    @property
+    def standard_error(self) -> Float[Tensor, "..."]:
+        """Of the mean: standard deviation over sqrt(N). Raises ValueError for one prompt."""
+        x = self._several("a standard error")
+        return (x.std(dim=0) / len(x) ** 0.5).reshape(self.patched.shape[1:])
+
+    def interval(
+        self, level: float = 0.95, resamples: Integer = 10_000, seed: Integer = 0
+    ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+        """Low and high end of the bootstrap interval of each unit's mean effect: prompts are resampled, BCa.
+
+        Every unit is resampled alike; the same seed gives the same interval. Units whose effect is the same on all
+        prompts get that point. Few prompts give intervals that are too narrow: 0.95 covers some 0.9 of the time at 10
+        prompts of normal effects, 0.83 of skewed ones, and 0.94 and 0.92 at 100.
+
+        Raises ValueError for one prompt or a level that is not between 0 and 1; ImportError without scipy.
+
+        Source: Efron, Better bootstrap confidence intervals (JASA 82, 1987), as `scipy.stats.bootstrap` has it.
+
+        >>> effects = engine.Effects(torch.rand(9, 2, 3), clean=torch.zeros(9))
+        >>> low, high = effects.interval(resamples=999)
+        """
+        stats = _needed("scipy.stats", "intervals")
+        x = self._several("an interval")
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie between 0 and 1, got {level}")
+        resamples, seed = _read_resamples(resamples), read_seed(seed)
+        low, high = x[0].clone(), x[0].clone()
+        varied = (x != x[0]).any(dim=0).nonzero().flatten()
+        for units in varied.split(AT_ONCE):
+            found = stats.bootstrap(
+                (x[:, units].numpy(),),
+                _mean,
+                confidence_level=level,
+                n_resamples=resamples,
+                batch=max(1, 2**22 // (len(x) * len(units))),
+                vectorized=True,
+                rng=seed,
+            ).confidence_interval
+            low[units], high[units] = torch.from_numpy(found.low), torch.from_numpy(found.high)
+        shape = self.patched.shape[1:]
+        return low.reshape(shape), high.reshape(shape)
+
+    def p_values(
+        self, correction: Correction | None = "max", resamples: Integer = 10_000, seed: Integer = 0
+    ) -> Float[Tensor, "..."]:
+        """Two-sided sign-flip test, over prompts, that a unit's mean effect is zero, corrected for the number of units.
+
+        The null hypothesis is an effect that is distributed evenly about zero. If N prompts have no more than
+        `resamples` different flips, 2^(N-1), all of them are counted and p is exact; else that many are drawn by the
+        seed.
+
+        correction: "max"  each unit beside the largest statistic of all units in the same flip (Westfall and Young);
+                    "holm" Holm's method: both bound the chance of any false discovery;
+                    "fdr"  Benjamini and Hochberg's: bounds the share of false ones among the discoveries; needs scipy;
+                    None   none: p of each unit by itself.
+
+        The smallest p there can be is 2^-(N-1), or 1 / (resamples + 1): 0.002 for 10 prompts. Holm multiplies the
+        smallest by the number of units, so few prompts on many units can never be significant; "max" does not.
+
+        Raises ValueError for one prompt or an unknown correction.
+
+        >>> effects = engine.Effects(torch.rand(9, 2, 3), clean=torch.zeros(9))
+        >>> bool((effects.p_values() <= 0.05).all())
+        True
+        """
+        if correction is not None and correction not in get_args(Correction):
+            raise ValueError(f"correction must be one of {get_args(Correction)} or None, got {correction!r}")
+        x = self._several("a test")
+        resamples, seed = _read_resamples(resamples), read_seed(seed)
+        n = len(x)
+        exact = 2 ** (n - 1) <= resamples
+        signs = _all_signs(n) if exact else _drawn_signs(n, resamples, seed)
+        # |sum| / norm is in the order of |t|: flips leave the norm alone. The largest is 1 lest squares underflow.
+        x = x / x.abs().amax(dim=0).clamp(min=torch.finfo(x.dtype).tiny)
+        x = x / x.norm(dim=0).clamp(min=1)
+        seen = x.sum(dim=0).abs() - 1e-12  # flips that tie with what was seen count, whatever they round to
+        hits, largest = [], torch.zeros(len(signs), dtype=torch.float64)
+        for some, bar in zip(x.split(AT_ONCE, dim=1), seen.split(AT_ONCE), strict=True):
+            flipped = (signs @ some).abs()
+            hits.append((flipped >= bar).sum(dim=0))
+            largest = torch.maximum(largest, flipped.amax(dim=1))
+        if correction == "max":
+            hits = [len(signs) - torch.searchsorted(largest.sort().values, seen)]
+        count = torch.cat(hits).double()
+        p = count / len(signs) if exact else (count + 1) / (len(signs) + 1)
+        if correction == "holm":
+            p = _holm(p)
+        elif correction == "fdr":
+            p = torch.from_numpy(_needed("scipy.stats", "correction 'fdr'").false_discovery_control(p.numpy()))
+        return p.reshape(self.patched.shape[1:])
+
+    def top(self, k: Integer, by: Ranking = "absolute") -> list[Any]:
+        """The k units of the largest mean effect, largest first; of equal ones, the first.
+
+        by: "absolute" size, whatever the sign; "positive": the most raising; "negative": the most lowering.
+
+        Returns (layer, head) pairs, as `engine.patch` takes them, or names of groups; at several positions (position,
+        layer, head) or (position, name). Raises ValueError for fewer than one or more than there are.
+        """
+        if by not in get_args(Ranking):
+            raise ValueError(f"by must be one of {get_args(Ranking)}, got {by!r}")
+        return [self._units[i] for i in self._best(k, by)]
+
+    def rank_correlation(self, other: Effects | Float[Tensor, "..."]) -> float:
+        """Spearman's correlation, over units, of the mean effects of two sweeps (or of a tensor of their shape).
+
+        Raises ValueError for units that differ, fewer than two, or all of the same effect; ImportError without scipy.
+        """
+        stats = _needed("scipy.stats", "rank correlations")
+        if isinstance(other, Effects) and other._units != self._units:
+            raise ValueError(f"both must have the same units: one is {self!r}, the other {other!r}")
+        mine, theirs = self.mean, other.mean if isinstance(other, Effects) else other.detach().cpu().double()
+        if mine.shape != theirs.shape:
+            raise ValueError(f"the other must have shape {list(mine.shape)}, got {list(theirs.shape)}")
+        for means in (mine, theirs):
+            if means.unique().numel() < 2:
+                raise ValueError("a rank correlation needs units whose effects differ")
+        return float(stats.spearmanr(mine.flatten().numpy(), theirs.flatten().numpy()).statistic)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A row for each prompt and unit: prompt, position, layer and head or group, patched, clean, effect, and with a
+        reference, reference and normalised. Raises ImportError without pandas.
+        """
+        pandas = _needed("pandas", "data frames")
+        n, units = len(self.patched), len(self._units)
+        columns: dict[str, Any] = {"prompt": [i for i in range(n) for _ in range(units)]}
+        columns |= {name: values * n for name, values in self._unit_columns().items()}
+        columns["patched"] = _flat(self.patched)
+        columns["clean"] = _flat(self.clean).repeat(units)
+        columns["effect"] = _flat(self.effect)
+        if self.reference is not None:
+            columns["reference"] = _flat(self.reference).repeat(units)
+            columns["normalised"] = _flat(self.normalised)
+        return pandas.DataFrame(columns)
+
+    def summary(
+        self,
+        level: float = 0.95,
+        correction: Correction | None = "max",
+        resamples: Integer = 10_000,
+        seed: Integer = 0,
+    ) -> pandas.DataFrame:
+        """A row for each unit: position, layer and head or group, mean effect, standard_error, low, high, p.
+
+        Raises ValueError for one prompt; ImportError without pandas or scipy.
+        """
+        pandas = _needed("pandas", "data frames")
+        low, high = self.interval(level, resamples, seed)
+        numbers = {"mean": self.mean, "standard_error": self.standard_error, "low": low, "high": high}
+        numbers["p"] = self.p_values(correction, resamples, seed)
+        return pandas.DataFrame(self._unit_columns() | {name: _flat(tensor) for name, tensor in numbers.items()})
+
+    def heatmap(self, path: str | Path, top: int = 10, by: Ranking = "absolute", title: str = "") -> None:
+        """Layer x head map of the mean effects as PNG, one a position; the `top` heads carry a dot (0: none).
+
+        Raises ValueError for groups, which have no place on a map; ImportError without matplotlib.
+        """
+        from engine import plots
+
+        if self.groups is not None:
+            raise ValueError("a heat map shows single heads, these effects are of groups of heads")
+        _needed("matplotlib", "heat maps", extra="plots")
+        marked = torch.zeros(len(self._units), dtype=torch.bool)
+        marked[self._best(top, by) if top else []] = True
+        panels = (1 if self.positions is None else len(self.positions), *self.patched.shape[-2:])
+        names = [] if self.positions is None else [f"position {p}" for p in self.positions]
+        label = f"mean effect on {self.metric.replace('_', ' ')}"
+        plots.effect_maps(path, self.mean.reshape(panels), marked.reshape(panels), label, names, title)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, whole or not at all. Raises OSError if it cannot be written."""
+        tensors = {"patched": self.patched, "clean": self.clean}
+        tensors |= {} if self.reference is None else {"reference": self.reference}
+        tensors |= {} if self.groups is None else {"groups": torch.stack(list(self.groups.values()))}
+        described = {
+            "metric": self.metric,
+            "positions": None if self.positions is None else list(self.positions),
+            "groups": None if self.groups is None else list(self.groups),
+            "reference": self.reference is not None,
+            "metadata": self.metadata,
+        }
+        save_tensors(path, tensors, described)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Effects:
+        """Read saved effects, bit by bit what was saved. Raises FileNotFoundError; ValueError for another file."""
+        tensors, described = load_tensors(path, ("patched", "clean"))
+        optional = ("reference",) * described["reference"] + ("groups",) * (described["groups"] is not None)
+        more = load_tensors(path, optional)[0]
+        groups = dict(zip(described["groups"], more["groups"], strict=True)) if "groups" in more else None
+        return cls(
+            tensors["patched"],
+            tensors["clean"],
+            more.get("reference"),
+            groups,
+            described["positions"],
+            described["metric"],
+            described["metadata"],
+        )
+
+    @property
+    def _dimensions(self) -> list[str]:
+        names = ["prompts", *(["positions"] if self.positions is not None else [])]
+        return names + (["layers", "heads"] if self.groups is None else ["groups"])
+
+    @cached_property
+    def _units(self) -> list[Any]:
+        """What each unit is called, in the order of `patched` flattened."""
+        if self.groups is not None:
+            own: list[Any] = list(self.groups)
+        else:
+            own = list(product(*(range(n) for n in self.patched.shape[-2:])))
+        if self.positions is None:
+            return own
+        return [(p, unit) if self.groups is not None else (p, *unit) for p in self.positions for unit in own]
+
+    def _unit_columns(self) -> dict[str, list[Any]]:
+        names = ["position"] if self.positions is not None else []
+        names += ["layer", "head"] if self.groups is None else ["group"]
+        rows = [unit if isinstance(unit, tuple) else (unit,) for unit in self._units]
+        return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+
+    @property
+    def _over_prompts(self) -> Float[Tensor, "prompts units"]:
+        effect = self.patched.detach().cpu().double() - self._beside(self.clean.detach().cpu().double())
+        return effect.flatten(1)
+
+    def _several(self, what: str) -> Float[Tensor, "prompts units"]:
+        if len(self.patched) < 2:
+            raise ValueError(f"{what} needs the effects of at least 2 prompts, got 1")
+        return self._over_prompts
+
+    def _beside(self, one_a_prompt: Float[Tensor, " prompts"]) -> Float[Tensor, "prompts ..."]:
+        return one_a_prompt.reshape(-1, *[1] * (self.patched.ndim - 1))
+
+    def _best(self, k: Integer, by: Ranking) -> list[int]:
+        means, k = self.mean.flatten(), read_int(k, "k", None)
+        if not 1 <= k <= len(means):
+            raise ValueError(f"the top must be of 1 to {len(means)} units, which is how many there are, got {k}")
+        keys = {"absolute": means.abs(), "positive": means, "negative": -means}[by]
+        return keys.sort(descending=True, stable=True).indices[:k].tolist()
+
+
+def _all_signs(n: int) -> Float[Tensor, "flips prompts"]:
+    """The last prompt keeps its sign: turning all of them round changes no absolute mean."""
+    bits = torch.arange(2 ** (n - 1))[:, None] >> torch.arange(n) & 1
+    return 1 - 2 * bits.double()
+
+
+def _drawn_signs(n: int, flips: int, seed: int) -> Float[Tensor, "flips prompts"]:
+    random = torch.Generator().manual_seed(seed)
+    return 1 - 2 * torch.randint(2, (flips, n), generator=random).double()
+
+
+def _holm(p: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
+    """Holm, A simple sequentially rejective multiple test procedure (1979)."""
+    ordered, order = p.sort()
+    adjusted = (ordered * torch.arange(len(p), 0, -1)).cummax(dim=0).values.clamp(max=1)
+    return torch.empty_like(p).scatter_(0, order, adjusted)
+
+
+def _mean(x: Any, axis: int) -> Any:
+    return x.mean(axis=axis)
+
+
+def _flat(x: Tensor) -> Any:
+    return x.detach().cpu().flatten().numpy()
+
+
+def _read_resamples(resamples: Integer) -> int:
+    if (found := read_int(resamples, "resamples", None)) < 1:
+        raise ValueError(f"resamples must be at least 1, got {found}")
+    return found
+
+
+def _needed(module: str, what: str, extra: str = "stats") -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ImportError(f"{what} need {package}: pip install 'headpatch[{extra}]'") from error
