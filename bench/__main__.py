@@ -18,6 +18,7 @@ from rich.table import Table
 
 import models
 from bench import answers as answers_case
+from bench import by_site, report
 from bench import compare as compare_runs
 from bench import estimators as estimators_case
 from bench import exactness as exactness_case
@@ -27,8 +28,8 @@ from bench import memory as memory_case
 from bench import pictures as pictures_case
 from bench import positions as positions_case
 from bench import records as records_of
-from bench import report
 from bench import search as search_case
+from bench import sites as sites_case
 from bench import survey as survey_case
 from bench import sweeps as sweeps_case
 from bench.cases import CASES
@@ -209,6 +210,19 @@ def positions(model: str = "smollm2-135m", rounds: int = 3) -> None:
 
 
 @app.command()
+def sites(model: str = "smollm2-135m", rounds: int = 3, tokens: int = 512) -> None:
+    """32 rows of every site against the loop of hooked forwards; every layer at every token of 16, and of 64."""
+    opened = models.load(model)
+    _show(
+        "sites",
+        f"32 rows, T={tokens}: the loop over ours, {model}",
+        sites_case.rows(opened, tokens=tokens, rounds=rounds),
+    )
+    for few in (16, 64):
+        _show("trace", f"resid_pre, layers x {few} positions, {model}", sites_case.trace(opened, few, rounds))
+
+
+@app.command()
 def estimators(
     model: str = "smollm2-135m",
     names: Annotated[str, typer.Option("--tasks", help="Separated by commas.")] = ",".join(estimators_case.NAMES),
@@ -261,6 +275,7 @@ def families(
     backends: Annotated[str, typer.Option(help="Backends, separated by commas.")] = ",".join(families_case.BACKENDS),
     write: Annotated[Path | None, typer.Option(help="A Markdown file for the table.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All of transformers' architectures that can be small.")] = False,
+    sites: Annotated[bool, typer.Option("--sites", help="Every site, in float32.")] = False,
 ) -> None:
     """Every family and strategy against naive (float32) and float64 (bfloat16), on tiny random models.
 
@@ -274,6 +289,17 @@ def families(
             write_whole(write, survey_case.markdown(looked))
         _record("architectures", [asdict(one) for one in looked])
         raise typer.Exit(not all(one.right for one in looked))
+    if sites:
+        seen = by_site.measure(only.split(",") if only else (), backends.split(","))
+        text, wrong = by_site.markdown(seen), [cell for cell in seen if not cell.exact]
+        print(text)
+        out.print(
+            f"{len(seen)} cells, {sum(bool(c.refused) for c in seen)} not there; beyond {families_case.LIMIT}: {wrong}"
+        )
+        if write:
+            write_whole(write, text)
+        _record("sites by family", [asdict(cell) for cell in seen])
+        raise typer.Exit(bool(wrong))
     found = families_case.measure(only.split(",") if only else None, backends.split(","))
     table = Table("family", *families_case.STRATEGIES, title="largest logit difference to naive (bf16: over naive's)")
     for one in dict.fromkeys((cell.family, cell.backend) for cell in found):

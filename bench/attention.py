@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.timing import interleaved, summary
-from models.packed import Rule, _rows
+from models.attention import Rule, rows_attention
 
 
 def measure(
@@ -77,7 +77,7 @@ def measure(
 
 def explicit(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """The engine's: scores of all rows as one matrix, one softmax over context and own token."""
-    return _rows(q, k, v, own_k, own_v, Rule(q.shape[-1] ** -0.5, None, None), None)
+    return rows_attention(q, k, v, own_k, own_v, Rule(q.shape[-1] ** -0.5, None, None), None, {})
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from engine.answers.handover import start
 from engine.artifacts import TaskVector
 from engine.core import naive
 from engine.core.activations import capture, mean_activations
-from engine.core.patches import Patch, Steering
+from engine.core.patches import Edit, Knockout, Patch
 from engine.core.patching import patch, plan
 from engine.core.planning import Plan
 from engine.core.prefix import Prefix, PrefixPool, prefill
@@ -30,15 +30,16 @@ from engine.tasks import Example, Task
 __all__ = [
     "Answer",
     "Cost",
+    "Edit",
     "Effects",
     "Example",
+    "Knockout",
     "Patch",
     "Plan",
     "Prefix",
     "PrefixPool",
     "RowStep",
     "Score",
-    "Steering",
     "Task",
     "TaskVector",
     "attribute",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import glob
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from engine.core.patches import check_model
+from engine.core.reading import check_model
 from models import Model
 from models.reading import read_tensor
 from models.shapes import Bool, Float
@@ -99,6 +101,17 @@ class TaskVector:
         if model is not None:
             vector.check(model)
         return vector
+
+
+def versions() -> dict[str, str]:
+    """Of what made a result."""
+    found = {"python": platform.python_version()}
+    for package in ("headpatch", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout
+            found[package] = "unknown"
+    return found
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -10,18 +10,28 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import RLock, get_ident
 from typing import Any
 
 from torch import nn
 
+from models.interface import Edits
+
 
 @dataclass(eq=False)
 class Call:
-    """One forward of ours; layout: how its rows are packed, if they are (`models.packed.Layout`)."""
+    """One forward of ours.
+
+    layout: how its rows are packed, if they are (`models.layout.Layout`). batch: its sequences.
+    edits:  of what attention is handed, or makes, while the forward runs. attended: layers, so far, in which it did:
+            keys are kept, and read again, in the order of the calls.
+    """
 
     layout: Any = None
+    batch: int = 1
+    edits: Edits = field(default_factory=dict)
+    attended: int = 0
 
 
 _current: ContextVar[Call | None] = ContextVar("headpatch_call", default=None)

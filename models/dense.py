@@ -144,8 +144,8 @@ def keep(layout: Layout, cache: Any) -> None:
                 split = (layout.n_rows, layout.n_tokens)
                 own = [x[:, here].unflatten(1, split).transpose(0, 1) for x in (k, v)]
                 if segment.past is not None:
-                    at = len(layout.rows[index].keys)
+                    at = len(layout.own[index].keys)
                     before = (segment.past.keys[at], segment.past.values[at])
                     own = [torch.cat(pair, dim=2) for pair in zip(before, own, strict=True)]
-                layout.rows[index].keys.append(own[0].contiguous())
-                layout.rows[index].values.append(own[1].contiguous())
+                layout.own[index].keys.append(own[0].contiguous())
+                layout.own[index].values.append(own[1].contiguous())

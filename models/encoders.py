@@ -85,6 +85,12 @@ class Encoder(HuggingFace):
             raise ValueError(f"the prompt has {len(images)} image(s), but {self.name} is a text model")
         return self._read_text(prompt, self.config.vocab_size)
 
+    def few_tokens(self, count: int) -> dict[str, Any]:
+        if not self.pixels:
+            return {"input_ids": torch.arange(count, device=self.device)[None] % self.config.vocab_size}
+        size = (1, getattr(self.config, "num_channels", 3), self.config.image_size, self.config.image_size)
+        return {"pixel_values": torch.zeros(size, device=self.device, dtype=self.dtype)}
+
     def _logits(self, given: dict[str, Any]) -> Tensor:
         given = {key: value for key, value in given.items() if key in self._accepts}
         out = self.hf(**given, return_dict=True)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from models.calls import Call, Passing, current, go_on
 from models.huggingface import HuggingFace
-from models.interface import Edit, Encoded, Steer
+from models.interface import Edits, Encoded
 from models.shapes import Int
 
 # What a forward of `batch` rows does to tokens [first, first + n_tokens) of each: (batch, first, n_tokens).
-Changes: TypeAlias = Callable[[int, int, int], tuple[Edit | None, Steer | None]]
+Changes: TypeAlias = Callable[[int, int, int], Edits]
 MARK = "_headpatch"  # on a cache
 ALONG = {"input_ids", "position_ids"}  # [..., tokens]
 
@@ -41,7 +41,7 @@ class Forward(Call):
     changes: ExitStack = field(default_factory=ExitStack)
 
 
-def why_not_handed(model: HuggingFace, steered: bool) -> str:
+def why_not_handed(model: HuggingFace) -> str:
     """Why transformers cannot go on from a patched prompt on this model; empty if it can."""
     hf, body, kind = model.hf, model.body, type(model.hf).__name__
     if not getattr(hf, "can_generate", lambda: False)():
@@ -52,7 +52,7 @@ def why_not_handed(model: HuggingFace, steered: bool) -> str:
         return "it is compiled, and compiled code does not look for hooks put in later; wrap it as it was written"
     if getattr(model, "_own_edits", None):
         return "it has edits registered with nnsight, which transformers' generate does not make"
-    return "its blocks, after which to steer, were not found" if steered and not body.blocks else ""
+    return ""
 
 
 def hand_over(model: HuggingFace, prompt: Encoded, n_cached: int, rows: int, copies: int) -> dict[str, Any]:
@@ -101,8 +101,8 @@ def change_forwards(cache: Any, model: HuggingFace, ids: Int[Tensor, " tokens"],
                 # Assisted decoding begins with all of the prompt, whatever its cache holds.
                 given = given | {name: given[name][..., first:] for name in ALONG & given.keys()}
             batch, n_tokens = given["input_ids"].shape
-            edit, steer = changes(batch, first, n_tokens)
-            here.changes.enter_context(model.changed(edit, steer))
+            here.batch = batch
+            here.changes.enter_context(model.changed(changes(batch, first, n_tokens)))
             begun.append(here.changes)
             if isinstance(kept := given.get("logits_to_keep"), int) and kept and n_tokens > 1:
                 # By an integer some models see that their last layers may skip all but the last tokens (Gemma4).

@@ -1,8 +1,8 @@
-"""What a call puts on the modules of a model for its own length: edits of z, of the residual stream, less work."""
+"""What a call puts on the modules of a model for its own length: edits of sites, less work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,24 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from models.calls import Hook
-from models.interface import Edit, Steer, UnsupportedModelError
+from models.calls import Hook, current
+from models.interface import Edit, UnsupportedModelError
 from models.layout import Rows
+from models.sites import Place
 
 FEED_FORWARD = "mlp"
 
 
-def edit_z(edit: Edit, layer: int, x: Tensor, head_dim: int, rows: Rows | None) -> Tensor:
-    """What a projection is given [batch, tokens, H*D], edited: a new tensor; of packed rows x itself, written to."""
+def edited(edit: Edit, x: Tensor, place: Place, layer: int, rows: Rows | None, own: bool = False) -> Tensor:
+    """What a module is given, or gives, [batch, tokens, units * width], edited: a new tensor, unless a skip connection
+    must see it, or it is our own and packed, made for this layer alone (z).
+    """
+    units, width = place.sizes[layer]
+    whole = x if x.ndim == 3 else x.view(-1, x.shape[0] // current().batch, x.shape[-1])  # type: ignore[union-attr]
+    if place.entry.split == "heads":  # which may be shared out over processes
+        units = whole.shape[-1] // width
+    if whole.ndim != 3 or whole.shape[-1] != units * width:
+        raise UnsupportedModelError(f"layer {layer} hands over {list(x.shape)}, not {units} * {width} numbers a token")
+    here = whole if rows is None else rows.of(whole, layer)
+    own = own and rows is not None and not torch.is_grad_enabled()  # a backward pass may read what stood there
+    # Others may hold on to x: hooks of the caller, attention until its backward pass.
+    before = (here if own else here.clone()).unflatten(-1, (units, width))
+    after = edit(before)
+    if own or place.entry.side == "shared":
+        if after is not before or not own:
+            here.copy_(after.flatten(-2))
+        return x
     if rows is None:
-        # Others may hold on to x: hooks of the caller, attention until its backward pass.
-        return edit(layer, x.clone().unflatten(-1, (-1, head_dim))).reshape(x.shape)
-    # The sequence was made by the attention function for this layer alone. z is a view of it.
-    z = rows.of(x).unflatten(-1, (-1, head_dim))
-    edited = edit(layer, z)
-    if edited is not z:
-        z.copy_(edited)
-    return x
+        return after.reshape(x.shape)
+    whole = whole.clone()
+    rows.of(whole, layer).copy_(after.flatten(-2))
+    return whole.view(x.shape)
 
 
 @contextmanager
@@ -43,42 +57,35 @@ def hooked(handles: Callable[[], Iterator[Any]]) -> Iterator[None]:
             handle.remove()
 
 
-def edits(
-    edit: Edit | None, projections: Sequence[nn.Module], head_dims: Sequence[int], rows: Rows | None
-) -> Iterator[Any]:
-    """`edit` sees the input of every output projection."""
+def edits(by_layer: Mapping[int, Edit], place: Place, rows: Rows | None, own: bool = False) -> Iterator[Any]:
+    """The edits of one site, put on the modules that it is in."""
 
-    def hook(turn: Iterator[int]) -> Hook:
-        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            layer = _next(turn, "W_O")
-            return (edit_z(edit, layer, args[0], head_dims[layer], rows), *args[1:])  # type: ignore[arg-type]
-
-        return Hook(before)
-
-    for module, turn in by_turn(projections) if edit is not None else ():
-        yield module.register_forward_pre_hook(hook(turn))
-
-
-def steers(steer: Steer | None, blocks: Sequence[nn.Module], rows: Rows | None) -> Iterator[Any]:
-    """`steer` sees what the blocks give."""
-
-    def hook(turn: Iterator[int]) -> Hook:
-        def after(_: nn.Module, __: Any, out: Any) -> Any:
-            change = steer.get(_next(turn, "a block"))  # type: ignore[union-attr]
-            if change is None:
+    def before(turn: Iterator[int]) -> Hook:
+        def change(_: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+            if (edit := by_layer.get(layer := _next(turn))) is None:
                 return None
-            h = out[0] if isinstance(out, tuple) else out  # [batch, tokens, d_model], or a packed sequence
-            if rows is None:
-                h = change(h)
-            else:
-                h = h.clone()
-                rows.of(h).copy_(change(rows.of(h)))
-            return (h, *out[1:]) if isinstance(out, tuple) else h
+            if args:
+                return (edited(edit, args[0], place, layer, rows, own), *args[1:]), given
+            name = next(iter(given)) if "hidden_states" not in given else "hidden_states"
+            return args, given | {name: edited(edit, given[name], place, layer, rows, own)}
 
-        return Hook(after)
+        return Hook(change)
 
-    for module, turn in by_turn(blocks) if steer else ():
-        yield module.register_forward_hook(hook(turn))
+    def after(turn: Iterator[int]) -> Hook:
+        def change(_: nn.Module, __: Any, out: Any) -> Any:
+            if (edit := by_layer.get(layer := _next(turn))) is None:
+                return None
+            if isinstance(out, tuple):
+                return (edited(edit, out[0], place, layer, rows), *out[1:])
+            return edited(edit, out, place, layer, rows)
+
+        return Hook(change)
+
+    for module, turn in by_turn(place.modules):
+        if place.entry.side == "gives":
+            yield module.register_forward_hook(after(turn))
+        else:
+            yield module.register_forward_pre_hook(before(turn), with_kwargs=True)
 
 
 def by_turn(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, Iterator[int]]]:
@@ -89,10 +96,10 @@ def by_turn(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, Iterator[int]
     return [(module, iter(turns)) for module, turns in layers.items()]
 
 
-def _next(turn: Iterator[int], what: str) -> int:
+def _next(turn: Iterator[int]) -> int:
     layer = next(turn, None)
     if layer is None:
-        raise UnsupportedModelError(f"{what} runs more often in a forward than it stands in the layers of the model")
+        raise UnsupportedModelError("a module runs more often in a forward than it stands in the layers of the model")
     return layer
 
 

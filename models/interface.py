@@ -1,10 +1,11 @@
-"""What a backend is: it runs token ids and hands over z; it knows nothing of patches."""
+"""What a backend is: it runs token ids and hands over sites of the model; it knows nothing of patches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from models.shapes import Bool, Float, Int, Integer
 
-# edit(layer, z) -> z, with z[batch, tokens, heads, head_dim] the heads' outputs before the output projection.
-# It is called once a layer, in order, with the tokens of every row. It may write to z and return it, or return a new
-# tensor of its shape: a backend hands over a z that may be written to, and uses what is returned.
-Edit: TypeAlias = Callable[[int, Tensor], Tensor]
-# By layer, what becomes of the residual stream [batch, tokens, d_model] after it.
-Steer: TypeAlias = Mapping[int, Callable[[Tensor], Tensor]]
+# A named place in every layer (`models.sites` says where).
+Site: TypeAlias = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "mlp_act", "z", "q", "k", "v", "scores", "pattern"
+]
+# edit(x) -> x, with x[rows, tokens, units, width] the numbers of all rows at a site of one layer. It may write to x and
+# return it, or return a new tensor of its shape: a backend hands over one that may be written to.
+Edit: TypeAlias = Callable[[Tensor], Tensor]
+# By site and layer; layers that are not there are left alone. Called once a layer and forward.
+Edits: TypeAlias = Mapping[Site, Mapping[int, Edit]]
+
+
+NO_EDITS: Edits = MappingProxyType({})
 
 
 class UnsupportedModelError(ValueError):
@@ -54,6 +61,20 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class SiteShape:
+    """Units of a site in each layer, and numbers of each unit.
+
+    sizes: by layer, where they differ: units that a layer has not cannot be patched, and x ends with zeros.
+    width: 0 for "scores" and "pattern": a number for each token of the prompt.
+    """
+
+    n_layers: int
+    units: int
+    width: int
+    sizes: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """Which ways of running rows are exact on a model as it is now; where one is not, why.
 
@@ -62,6 +83,7 @@ class Capabilities:
     expanded: rows that go on from copies of the model's own cache.
     batch:    whole rows beside each other.
     longest:  tokens of the longest prompt of which anything can be shared; `longer` says why no more.
+    apart:    sites that packed rows do not have; for each, why.
 
     >>> models.Capabilities(packed="its layers are convolutions").why_not("layered")
     'its layers are convolutions'
@@ -73,9 +95,12 @@ class Capabilities:
     batch: str = ""
     longest: int = 2**62
     longer: str = ""
+    apart: Mapping[str, str] = field(default_factory=dict)
 
-    def why_not(self, way: str, n_tokens: int = 0) -> str:
-        """Why rows of a prompt of so many tokens are not exact this way; empty if they are."""
+    def why_not(self, way: str, n_tokens: int = 0, sites: Collection[str] = ()) -> str:
+        """Why rows of a prompt of so many tokens, patched at these sites, are not exact this way; empty if they are."""
+        if way in ("layered", "packed") and (found := [site for site in sites if site in self.apart]):
+            return self.apart[found[0]]
         if way in ("layered", "packed", "expanded") and n_tokens > self.longest:
             return self.longer
         return (self.packed if way == "layered" else "") or getattr(self, way, "")
@@ -228,6 +253,13 @@ class Model(Protocol):
     @property
     def shape(self) -> Shape: ...
 
+    def site(self, name: Site) -> SiteShape:
+        """The sizes of a site, found by a forward of a few tokens when first asked for.
+
+        Raises UnsupportedModelError, saying why, for a site that the model does not have.
+        """
+        ...
+
     def state(self) -> Hashable:
         """Equal as long as nothing changed that results depend on: modules, weights, hooks, attention, dtype."""
         ...
@@ -247,7 +279,7 @@ class Model(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def own_heads(self, x: Tensor, dim: int) -> Tensor:
-        """Of a tensor over all heads along `dim`, the part that this process computes and `edit` sees.
+        """Of a tensor over all heads along `dim`, the part that this process computes and edits of z see.
 
         All of it, unless heads are shared out over processes. Its gradient is of all heads, on every process.
         """
@@ -274,16 +306,15 @@ class Model(Protocol):
     def forward(
         self,
         tokens: Int[Tensor, "batch tokens"],
-        edit: Edit | None = None,
+        edits: Edits = NO_EDITS,
         prefix: KeyValues | None = None,
         inputs: Mapping[str, Tensor] | None = None,
-        steer: Steer | None = None,
         logits: int = 1,
     ) -> Float[Tensor, "batch *places vocab"]:
         """Plain forward of equally long rows, each continuing `prefix` if given: logits of the last token, or of so
         many last ones.
 
-        The model's own attention and cache; `edit` sees z [batch, tokens, heads, head_dim].
+        The model's own attention and cache; edits see x [batch, tokens, units, width].
         inputs: of the whole prompt (pixels), the same for every row.
         """
         ...
@@ -291,14 +322,14 @@ class Model(Protocol):
     def pack(
         self,
         segments: Sequence[Segment],
-        edit: Edit | None = None,
+        edits: Edits = NO_EDITS,
         keep: bool = False,
         logits: int = 1,
-        steer: Steer | None = None,
     ) -> Packed:
-        """All rows of all segments in one sequence. Segments have equally many rows of equal length;
-        `edit` sees z [segments * rows, tokens, heads, head_dim], never the contexts'. A segment with `entry` is alone;
-        `edit` then sees the rows that are in. One with `inputs` is alone, and for models that pack images.
+        """All rows of all segments in one sequence. Segments have equally many rows of equal length; edits see x
+        [segments * rows, tokens, units, width], never the contexts'; those of "scores" and "pattern" take one segment.
+        A segment with `entry` is alone; edits then see the rows that are in. One with `inputs` is alone, and for models
+        that pack images.
         keep: return keys and values; logits: of so many last tokens of every row (0: of no row).
         """
         ...

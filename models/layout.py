@@ -21,14 +21,14 @@ from models.shapes import Bool, Float, Int
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows are in a packed sequence [1, first + rows * n_tokens, ...]."""
+    """Where the rows are in a packed sequence [1, tokens, ...]: at its end. counts: those that are in, by layer."""
 
-    first: int
     n_tokens: int
+    counts: Sequence[int]
 
-    def of(self, x: Tensor) -> Tensor:
-        """A view [rows, n_tokens, ...]."""
-        return x[0, self.first :].unflatten(0, (-1, self.n_tokens))
+    def of(self, x: Tensor, layer: int) -> Tensor:
+        """A view [rows, n_tokens, ...]; of the last layer, whose modules may have skipped the contexts, too."""
+        return x[0, x.shape[1] - self.counts[layer] * self.n_tokens :].unflatten(0, (-1, self.n_tokens))
 
 
 class Sees:
@@ -66,8 +66,7 @@ class Layout:
         self.n_rows, self.n_tokens = segments[0].rows.shape
         self.first_row = sum(segment.n_computed for segment in segments)
         self.contexts = [s.context if isinstance(s.context, KeyValues) else KeyValues() for s in segments]
-        self.rows = [KeyValues() for _ in segments]
-        self.attended = 0  # layers, so far: keys are kept, and read again, in the order of the calls
+        self.own = [KeyValues() for _ in segments]
         self._masks: dict[Any, Tensor | None] = {}
 
     def tokens(self) -> Int[Tensor, "1 sequence"]:
@@ -97,6 +96,11 @@ class Layout:
         """Logits at `last_tokens`, by segment and row; with an axis of their own if there are several a row."""
         sizes = (len(self.segments), self.n_rows if places else 0)
         return x.unflatten(0, sizes if places < 2 else (*sizes, places))
+
+    def rows(self) -> Rows:
+        """Of all segments; with `entry` they come in later."""
+        entry = self.segments[0].entry or (0,) * (len(self.segments) * self.n_rows)
+        return Rows(self.n_tokens, [sum(at <= layer for at in entry) for layer in range(self.n_layers)])
 
     def rows_in(self, length: int) -> int:
         """Rows of each segment that are in, in a layer whose sequence is so long: with `entry` they come in later."""

@@ -7,7 +7,7 @@ registered with transformers.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -18,14 +18,35 @@ from torch import Tensor, nn
 
 from models import dense
 from models.anatomy import Anatomy
+from models.attention import edited_scores
 from models.calls import Call, current
-from models.hooks import edit_z
+from models.hooks import edited
 from models.huggingface import HuggingFace
-from models.interface import Capabilities, Edit, Encoded, KeyValues, Packed, Segment, Steer, UnsupportedModelError
+from models.interface import (
+    NO_EDITS,
+    Capabilities,
+    Edit,
+    Edits,
+    Encoded,
+    KeyValues,
+    Packed,
+    Segment,
+    Site,
+    UnsupportedModelError,
+)
 from models.layout import Layout, Rows
+from models.sites import Place
 
 # Prompts computed in one sequence are scored against each other only to be masked: longer ones are computed alone.
 PREFILL_TOKENS = 1024
+# After rotary positions, where a model has such.
+HOOKS: dict[Site, tuple[str, ...]] = {
+    "q": ("hook_rot_q", "hook_q"),
+    "k": ("hook_rot_k", "hook_k"),
+    "v": ("hook_v",),
+    "scores": ("hook_attn_scores",),
+    "pattern": ("hook_pattern",),
+}
 TOLERANCE = 1e-3  # of the largest logit, between a bridge and the model it was built from
 
 
@@ -61,15 +82,16 @@ class TransformerLens(HuggingFace):
     def _rule(self, body: Anatomy) -> Capabilities:
         found = super()._rule(body)
         packed = found.shared() or dense.why_not_dense(self.config)
-        return replace(found, packed=packed, layered="TransformerLens runs its own blocks")
+        why = "its rows stand in one sequence, whose attention TransformerLens shows as a whole"
+        apart = {"scores": why, "pattern": why}
+        return replace(found, packed=packed, layered="TransformerLens runs its own blocks", apart=apart)
 
     def pack(
         self,
         segments: Sequence[Segment],
-        edit: Edit | None = None,
+        edits: Edits = NO_EDITS,
         keep: bool = False,
         logits: int = 1,
-        steer: Steer | None = None,
     ) -> Packed:
         if refused := self.rules().packed:
             raise UnsupportedModelError(f"rows of {self.name} cannot be packed: {refused}")
@@ -80,9 +102,8 @@ class TransformerLens(HuggingFace):
         cache = dense.fill(layout)
         with self._running(self._body, Call()):
             out = self._call(
-                edit,
-                steer,
-                Rows(layout.first_row, layout.n_tokens),
+                edits,
+                layout,
                 input_ids=layout.tokens(),
                 position_ids=layout.positions(self.device),
                 attention_mask=dense.masks(layout, self.config, self.dtype, self.device),
@@ -96,7 +117,7 @@ class TransformerLens(HuggingFace):
         if not keep:
             return Packed(rows)
         dense.keep(layout, cache)
-        return Packed(rows, layout.contexts, layout.rows)
+        return Packed(rows, layout.contexts, layout.own)
 
     def packs_images(self, prompt: Encoded) -> bool:
         return False  # the dense mask stands in for the model's own, images are prefilled with that
@@ -105,21 +126,54 @@ class TransformerLens(HuggingFace):
         return super().prefill(prompts, lengths, packed and (len(prompts) == 1 or sum(lengths) <= PREFILL_TOKENS))
 
     @contextmanager
-    def _edited(self, edit: Edit | None, rows: Rows | None) -> Iterator[None]:
-        """Within: `edit` sees every layer's hook_z."""
-        call, head_dims = current(), self._head_dims(self._body)
+    def _edited_attention(self, within: Edits, rows: Rows | None) -> Iterator[None]:
+        """Within: edits see the bridge's own hooks."""
+        call, hooks = current(), []
 
-        def at(layer: int) -> Any:
+        def at(site: Site, layer: int, edit: Edit) -> Any:
+            by_token = site in ("scores", "pattern")  # [batch, heads, tokens, keys]; the others [batch, tokens, ...]
+
+            def hook(x: Tensor, hook: Any) -> Tensor | None:
+                if current() is not call:
+                    return None
+                if rows is None:
+                    x = x.transpose(1, 2) if by_token else x
+                    after = edited_scores(edit, x, None) if site == "scores" else edit(x.clone())
+                    return after.transpose(1, 2) if by_token else after
+                whole = x.clone()
+                here = rows.of(whole, layer)
+                here.copy_(edit(here.clone()))
+                return whole
+
+            return hook
+
+        known = self.bridge.hook_dict
+        for site, by_layer in within.items():
+            for layer, edit in by_layer.items():
+                names = [f"blocks.{layer}.attn.{name}" for name in HOOKS[site]]
+                found = next((known[name].name for name in names if name in known), None)
+                if found is None:
+                    raise UnsupportedModelError(f"its bridge has no {' or '.join(names)}")
+                hooks.append((found, at(site, layer, edit)))
+        with self.bridge.hooks(fwd_hooks=hooks):
+            yield
+
+    @contextmanager
+    def _edited_z(self, place: Place, by_layer: Mapping[int, Edit], rows: Rows | None) -> Iterator[None]:
+        """Within: edits see the layers' hook_z."""
+        call = current()
+
+        def at(layer: int, edit: Edit) -> Any:
             def hook(z: Tensor, hook: Any) -> Tensor | None:
                 if current() is not call:
                     return None
                 # A copy, as hooks of the caller may hold on to z: [batch, tokens, H, D], or a packed sequence.
                 whole = z.clone(memory_format=torch.contiguous_format)
-                return edit_z(edit, layer, whole.flatten(2), head_dims[layer], rows).view(z.shape)  # type: ignore[arg-type]
+                return edited(edit, whole.flatten(2), place, layer, rows, own=True).view(z.shape)
 
             return hook
 
-        hooks = [] if edit is None else [(name, at(layer)) for layer, name in enumerate(self._hooks)]
+        hooks = [(self._hooks[layer], at(layer, edit)) for layer, edit in by_layer.items()]
         with self.bridge.hooks(fwd_hooks=hooks):
             yield
 

@@ -6,16 +6,17 @@ import sys
 from collections.abc import Sequence
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.anatomy import Anatomy
-from models.hooks import edit_z, hooked, steers
+from models.hooks import edited
 from models.huggingface import HuggingFace
-from models.interface import Capabilities, Edit, Steer, UnsupportedModelError
-from models.layout import Rows
+from models.interface import Capabilities, Edits, UnsupportedModelError
+from models.layout import Layout
 
 LEFT = ("forward", "__nnsight__")  # what nnsight leaves in the __dict__ of a module
 
@@ -84,30 +85,32 @@ class NNsightBackend(HuggingFace):
         self._found = {}
         return self.hf
 
-    def _call(self, edit: Edit | None, steer: Steer | None, rows: Rows | None, **given: Any) -> Tensor:
+    def _call(self, edits: Edits, layout: Layout | None, **given: Any) -> Tensor:
         if self.model.interleaver.interleaving:
             raise RuntimeError(f"{self.name} is in a trace already: patch it outside")
         if self.model._edits != self._own_edits:
             raise RuntimeError(f"edits of {self.name} were registered or cleared since it was wrapped: wrap it again")
         logits: list[Tensor] = []
-        head_dims, projections = self._head_dims(self._body), [] if edit is None else self._body.projections
-        if not self._envoys.keys() >= set(projections):
+        place, by_layer = self._place("z"), edits.get("z", {})
+        rows = layout.rows() if layout else None
+        if by_layer and not self._envoys.keys() >= set(place.modules):
             raise RuntimeError(f"modules of {self.name} were replaced since nnsight wrapped it: wrap it again")
-        # The block runs in a greenlet, whose context variables are not the caller's: edit gets the caller's.
+        # The block runs in a greenlet, whose context variables are not the caller's: edits get the caller's.
         apply = copy_context().run
-        change: Any = edit_z
+        change: Any = partial(edited, place=place, rows=rows, own=True)
 
         def run(_: Tensor) -> None:
             logits.append(self._logits(given))
 
+        others: Edits = {site: found for site, found in edits.items() if site != "z"}
         # A float tensor goes to `run` as it is, whatever the class of nnsight's model; token ids would be prepared.
-        with hooked(lambda: steers(steer, self._body.blocks, rows)), self.model.trace(torch.zeros(1, 1), fn=run):
-            for layer, projection in enumerate(projections):
-                envoy = self._envoys[projection]
+        with self.changed(others, layout), self.model.trace(torch.zeros(1, 1), fn=run):
+            for layer, edit in sorted(by_layer.items()):
+                envoy = self._envoys[place.modules[layer]]
                 x = envoy.input
-                edited = apply(change, edit, layer, x, head_dims[layer], rows)
-                if edited is not x:
-                    envoy.input = edited
+                after = apply(change, edit, x, layer=layer)
+                if after is not x:
+                    envoy.input = after
         return logits[0]
 
 

@@ -16,20 +16,18 @@ meanwhile attend as the model did before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from models.attention import Rule, causal_attention, plain_attention, rows_attention
 from models.calls import current
-from models.interface import KeyValues, UnsupportedModelError
+from models.interface import Edit, KeyValues, Site, UnsupportedModelError
 from models.layout import Layout, Sees, causal
-from models.shapes import Bool, Float
+from models.shapes import Float
 
 NAME = "headpatch_packed"
 # Arguments of attention functions that say nothing of what attention computes.
@@ -101,28 +99,6 @@ def seeing(*, mask_function: Any, config: Any, use_vmap: bool = False, allow_is_
     return causal(None) if mask_function is causal_mask_function else Sees(mask_function)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a layer scores: scaled, then capped. Sinks: scores of a key that every query sees and that has no value."""
-
-    scale: float
-    softcap: float | None
-    sinks: Float[Tensor, " heads"] | None
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.capped((q * self.scale) @ k.mT)
-
-    def capped(self, scores: Tensor) -> Tensor:
-        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
-
-    def weights(self, scores: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Softmax at least in float32, as fused attention accumulates; float64 stays float64."""
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.to(scores).expand(*scores.shape[:-1], 1)], dim=-1)
-        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
-        return weights if sinks is None else weights[..., :-1]
-
-
 def attend(
     module: nn.Module,
     query: Float[Tensor, "batch heads sequence head_dim"],
@@ -136,22 +112,84 @@ def attend(
     **others: Any,
 ) -> tuple[Float[Tensor, "batch sequence heads value_dim"], Any]:
     call = current()
-    if call is None or call.layout is None:
-        given = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
-        known = {name: x for name, x in given.items() if x is not None}
-        return _own_attention(module)(module, query, key, value, attention_mask, **known, **others)
-    layout: Layout = call.layout
-    if others.get("is_causal") is False:
-        raise UnsupportedModelError("its tokens see those that follow them")
-    if unknown := sorted(name for name, x in others.items() if x is not None and name not in HARMLESS):
-        raise UnsupportedModelError(f"its attention is told {', '.join(unknown)}, which packed rows do not follow")
-    if attention_mask is None:
-        attention_mask = causal(sliding_window)
-    if not isinstance(attention_mask, Sees):
-        raise UnsupportedModelError("its attention is given a mask of the model's own making")
-    layer, layout.attended = layout.attended, layout.attended + 1
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if call is not None:
+        layer, call.attended = call.attended, call.attended + 1
+        edits = {site: by_layer[layer] for site, by_layer in call.edits.items() if layer in by_layer}
+        if call.layout is not None:
+            if others.get("is_causal") is False:
+                raise UnsupportedModelError("its tokens see those that follow them")
+            _refuse_unknown(others)
+            if attention_mask is None:
+                attention_mask = causal(sliding_window)
+            if not isinstance(attention_mask, Sees):
+                raise UnsupportedModelError("its attention is given a mask of the model's own making")
+            query = _rows_edited(edits, "q", query, call.layout)
+            key = _rows_edited(edits, "k", key, call.layout)
+            value = _rows_edited(edits, "v", value, call.layout)
+            return _packed(layer, query, key, value, rule, attention_mask, call.layout, edits), None
+        n_tokens = query.shape[2]
+        query = _edited(edits, "q", query, n_tokens)
+        key = _edited(edits, "k", key, n_tokens)
+        value = _edited(edits, "v", value, n_tokens)
+        if "scores" in edits or "pattern" in edits:
+            _refuse_unknown(others)
+            mask = _mask(module, attention_mask, sliding_window, n_tokens, key, others)
+            z = plain_attention(query, key, value, rule, mask, edits)
+            return z.transpose(1, 2), None
+    given = dict(scaling=scaling, sliding_window=sliding_window, softcap=softcap, s_aux=s_aux)
+    known = {name: x for name, x in given.items() if x is not None}
+    return _own_attention(module)(module, query, key, value, attention_mask, **known, **others)
+
+
+def _mask(
+    module: nn.Module, given: Any, window: int | None, n_tokens: int, key: Tensor, others: Mapping[str, Any]
+) -> Tensor | None:
+    """What the tokens of a plain forward see, as the model's own attention would take it; None: everything."""
+    if given is None:
+        if others.get("is_causal", getattr(module, "is_causal", True)) is False:
+            return None
+        places = torch.arange(key.shape[2], device=key.device)
+        return causal(window)(places[-n_tokens:], places)
+    if not isinstance(given, Tensor) or given.ndim != 4:
+        raise UnsupportedModelError("its attention is given a mask of a kind that is not known")
+    return given
+
+
+def _refuse_unknown(others: Mapping[str, Any]) -> None:
+    if unknown := sorted(name for name, x in others.items() if x is not None and name not in HARMLESS):
+        raise UnsupportedModelError(f"its attention is told {', '.join(unknown)}, which is not known here")
+
+
+def _edited(edits: Mapping[Site, Edit], site: Site, x: Tensor, n_tokens: int) -> Tensor:
+    """[batch, heads, keys, head_dim] of a plain forward, whose own tokens are the last."""
+    if site not in edits:
+        return x
+    own = edits[site](x[:, :, x.shape[2] - n_tokens :].transpose(1, 2).clone()).transpose(1, 2)
+    return torch.cat([x[:, :, : x.shape[2] - n_tokens], own], dim=2)
+
+
+def _rows_edited(edits: Mapping[Site, Edit], site: Site, x: Tensor, layout: Layout) -> Tensor:
+    """[1, heads, sequence, head_dim]: of the rows."""
+    if site not in edits:
+        return x
+    rows = x[0, :, layout.first_row :].unflatten(1, (-1, layout.n_tokens)).permute(1, 2, 0, 3).clone()
+    edited = edits[site](rows).flatten(0, 1).transpose(0, 1)[None]
+    return torch.cat([x[:, :, : layout.first_row], edited], dim=2)
+
+
+def _packed(
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: Rule,
+    sees: Sees,
+    layout: Layout,
+    edits: Mapping[Site, Edit],
+) -> Float[Tensor, "batch sequence heads value_dim"]:
     n_rows, width = layout.rows_in(query.shape[2]), value.shape[-1]
+    made: dict[Site, Edit] = {site: edit for site, edit in edits.items() if site in ("scores", "pattern")}
     contexts, rows = [], []
     start, row = 0, layout.first_row
     for index, segment in enumerate(layout.segments):
@@ -166,8 +204,8 @@ def attend(
                 if layer == layout.n_layers - 1:
                     z = q.new_zeros(*q.shape[:-1], width)
                 else:
-                    mask = layout.context_mask(segment.n_computed, attention_mask, q.device)
-                    z = _causal(q, k[None], v[None], rule, mask)
+                    mask = layout.context_mask(segment.n_computed, sees, q.device)
+                    z = causal_attention(q, k[None], v[None], rule, mask)
                 contexts.append(z.transpose(1, 2))
             if layout.keep:
                 # Copies: a slice of the packed sequence would keep all of it, the rows too, in memory.
@@ -186,14 +224,14 @@ def attend(
             own_k = torch.cat([segment.past.keys[layer], own_k], dim=2)
             own_v = torch.cat([segment.past.values[layer], own_v], dim=2)
         if layout.keep:
-            layout.rows[index].keys.append(own_k)
-            layout.rows[index].values.append(own_v)
-        if segment.n_context or segment.past is not None:
-            z = _rows(q, k, v, own_k, own_v, rule, layout.rows_mask(index, attention_mask, q.device))
+            layout.own[index].keys.append(own_k)
+            layout.own[index].values.append(own_v)
+        if segment.n_context or segment.past is not None or made:
+            z = rows_attention(q, k, v, own_k, own_v, rule, layout.rows_mask(index, sees, q.device), made)
         else:
-            z = _causal(q, own_k, own_v, rule, layout.context_mask(layout.n_tokens, attention_mask, q.device))
+            z = causal_attention(q, own_k, own_v, rule, layout.context_mask(layout.n_tokens, sees, q.device))
         rows.append(z.transpose(1, 2).flatten(0, 1)[None])  # [1, R*K, H, D]
-    return torch.cat([*contexts, *rows], dim=1), None
+    return torch.cat([*contexts, *rows], dim=1)
 
 
 def _own_attention(module: nn.Module) -> Callable[..., Any]:
@@ -205,55 +243,3 @@ def _own_attention(module: nn.Module) -> Callable[..., Any]:
     eager = next((x for file in files if (x := getattr(file, "eager_attention_forward", None))), None)
     functions = [x for file in files if (x := getattr(file, "ALL_ATTENTION_FUNCTIONS", None)) is not None]
     return (functions or [ALL_ATTENTION_FUNCTIONS])[0].get_interface(name, eager)
-
-
-def _causal(
-    q: Float[Tensor, "batch heads tokens head_dim"],
-    k: Float[Tensor, "batch kv_heads tokens head_dim"],
-    v: Float[Tensor, "batch kv_heads tokens value_dim"],
-    rule: Rule,
-    mask: Bool[Tensor, "tokens tokens"] | None,
-) -> Float[Tensor, "batch heads tokens value_dim"]:
-    """Attention of sequences that see nothing before them; without a mask all tokens up to their own."""
-    n_tokens, group = q.shape[2], q.shape[1] // k.shape[1]
-    if rule.softcap is not None or rule.sinks is not None:  # fused attention knows of neither
-        scores = rule.scores(q, k.repeat_interleave(group, dim=1))
-        if mask is None:
-            mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~mask, float("-inf"))
-        sinks = None if rule.sinks is None else rule.sinks[:, None, None]
-        return rule.weights(scores, sinks, v.dtype) @ v.repeat_interleave(group, dim=1)
-    plain = mask is None and n_tokens > 1
-    return scaled_dot_product_attention(q, k, v, mask, is_causal=plain, scale=rule.scale, enable_gqa=group > 1)
-
-
-def _rows(
-    q: Float[Tensor, "rows heads tokens head_dim"],
-    k: Float[Tensor, "kv_heads context head_dim"],
-    v: Float[Tensor, "kv_heads context value_dim"],
-    own_k: Float[Tensor, "rows kv_heads seen head_dim"],
-    own_v: Float[Tensor, "rows kv_heads seen value_dim"],
-    rule: Rule,
-    mask: Bool[Tensor, "tokens keys"] | None,
-) -> Float[Tensor, "rows heads tokens value_dim"]:
-    """softmax([q k^T | q own_k^T]) [v | own_v]: the context is one matrix for all rows and is never copied.
-
-    Query heads that share a key/value head are folded into its rows: [Hkv, R*G*K, D] @ [Hkv, D, S].
-    """
-    n_context, n_tokens = k.shape[1], q.shape[2]
-    alone = own_k.shape[2] == 1  # one token a row, the common case: products of single vectors are sums
-    q = rearrange(q, "r (kv g) k d -> kv r (g k) d", kv=len(k))
-    own_k, own_v = own_k.transpose(0, 1), own_v.transpose(0, 1)  # [Hkv, R, n_seen, D]
-    seen = rule.scores(q.flatten(1, 2), k)  # [Hkv, R*G*K, S]
-    own = rule.capped((q * own_k).sum(dim=-1, keepdim=True) * rule.scale) if alone else rule.scores(q, own_k)
-    scores = torch.cat([seen, own.flatten(1, 2)], dim=-1)
-    if mask is not None:
-        scores = scores.unflatten(1, (-1, n_tokens)).masked_fill(~mask, float("-inf")).flatten(1, 2)
-    sinks = None
-    if rule.sinks is not None:  # [H] -> [Hkv, R*G*K, 1]
-        sinks = rule.sinks.view(len(k), 1, -1, 1).expand(-1, q.shape[1], -1, n_tokens).flatten(1)[..., None]
-    weights = rule.weights(scores, sinks, v.dtype)
-    by_context = torch.bmm(weights[..., :n_context], v).unflatten(1, q.shape[1:3])  # [Hkv, R, G*K, D]
-    by_own = weights[..., n_context:].unflatten(1, q.shape[1:3])
-    z = by_context + (by_own * own_v if alone else by_own @ own_v)
-    return rearrange(z, "kv r (g k) d -> r (kv g) k d", k=n_tokens)

@@ -8,12 +8,14 @@ import os
 from contextlib import nullcontext
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests run side by side, a thread each, the processes that they start as well: two that share two cores by two threads
+# each wait for each other at every product.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Tests run side by side, a thread each: two that share two cores by two threads wait for each other at every product.
 torch.set_num_threads(1)
 
 CHECKED = os.environ.get("CHECK_TYPES", "1") != "0"
@@ -53,7 +55,9 @@ def tiny():
             made[family] = models.wrap(hf, zoo.tiny_tokenizer(), name=f"tiny-{family}")
             if family == "unpacked":
                 unpacked(made[family])
-            # Met for the first time, a model is checked: here, so that no test counts those forwards.
+            # Met for the first time, a model is checked and its sites are found: here, so that no test counts those
+            # forwards.
+            made[family].site("resid_post")
             for strategy in ("auto", "expanded", "layered") if family in PACKED else ("auto",):
                 engine.patch(made[family], list(range(1, 97)), heads=None, values=None, strategy=strategy)
         return made[family]

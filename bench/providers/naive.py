@@ -28,11 +28,11 @@ class Naive(Provider):
         for ids in prompts:
             seen: list[Tensor] = []
 
-            def keep(layer: int, z: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            def keep(z: Tensor, seen: list[Tensor] = seen) -> Tensor:
                 seen.append(z[0, -1])
                 return z
 
-            self.model.forward(ids[None], keep)
+            self.model.forward(ids[None], {"z": dict.fromkeys(range(self.model.shape.n_layers), keep)})
             zs.append(torch.stack(seen))
         return mean_of(zs)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,14 +13,14 @@ from torch.nn.functional import pad
 from engine.answers.sampling import Choice
 from engine.answers.steps import Steps
 from engine.core import naive
+from engine.core.edits import keeping, make_edits
 from engine.core.prefix import Prefix, compute, shareable
-from engine.core.runner import make_edit, make_steer, segments
-from models import Edit, Model, Segment, Steer
+from engine.core.runner import segments
+from models import Model, Segment
 from models.shapes import Float, Int
 
 # on_token(prompt, row, text): what a row of a prompt says next.
 OnToken: TypeAlias = Callable[[int, int, str], Any]
-_Make: TypeAlias = Callable[[Any, Sequence[int], int], tuple[Edit | None, Steer | None]]
 
 
 @dataclass(frozen=True)
@@ -99,16 +98,16 @@ class Growing:
 def together(
     model: Model, how: Speaking, steps: Steps, prompts: Sequence[Prefix], answers: Sequence[Sequence[Growing]]
 ) -> None:
-    """Rows of all prompts in one packed forward a token. From the prompt's last token on, keys and values are a row's
+    """Rows of all prompts in one packed forward a token. From the first patched token on, keys and values are a row's
     own; those before are shared. Prompts whose answers have ended drop out.
     """
-    packed = segments(prompts, [len(prompt.tokens) - 1 for prompt in prompts], len(answers[0]))
-    live = list(range(len(prompts)))
+    packed = segments(prompts, [steps.first(len(prompt.tokens)) for prompt in prompts], len(answers[0]))
+    live, n_prompt = list(range(len(prompts))), len(prompts[0].tokens)  # of several prompts only the last token counts
     for step in range(how.max_new_tokens):
-        patch = steps.at(step)
-        edit = None if patch is None else make_edit(model, patch, [0], 1, len(packed))
-        steer = None if patch is None else make_steer(patch, [0], len(packed))
-        out = model.pack(packed, edit, keep=step + 1 < how.max_new_tokens, steer=steer)
+        n_tokens = packed[0].rows.shape[1]
+        here = steps.placed(n_prompt, n_prompt + step - n_tokens, n_tokens)
+        edits = make_edits(model, here, len(packed), n_prompt)
+        out = model.pack(packed, edits, keep=step + 1 < how.max_new_tokens)
         chosen = [
             _choose(how, prompts[at].tokens, answers[at], some) for at, some in zip(live, out.logits, strict=True)
         ]
@@ -130,14 +129,18 @@ def beside(
         for row, answer in enumerate(answers):
             beside(model, how, steps.select([row]), prompt, [answer], strategy)
         return
-    split = len(prompt.tokens) - 1 if strategy == "expanded" else 0
+    n_prompt = len(prompt.tokens)
+    split = steps.first(n_prompt) if strategy == "expanded" else 0
     prefix = compute([prompt], [split])[0].cache[:split] if split else None
-    ids, first = prompt.tokens[split:].expand(len(answers), -1), len(prompt.tokens) - 1 - split
-    make = partial(_naive if strategy == "naive" else _rows, model)
+    ids = prompt.tokens[split:].expand(len(answers), -1)
     for _ in range(how.max_new_tokens):
-        edit, steer = over(steps, first, ids.shape[1], make)
-        inputs = None if split else model.then(prompt.prompt, ids[0, first + 1 :]).inputs
-        logits = model.forward(ids, edit, prefix, inputs, steer)
+        changes = steps.placed(n_prompt, split, ids.shape[1])
+        if strategy == "naive":
+            edits = naive.row_edits(model, 0, changes, n_prompt)
+        else:
+            edits = make_edits(model, changes, 1, n_prompt)
+        inputs = None if split else model.then(prompt.prompt, ids[0, n_prompt:]).inputs
+        logits = model.forward(ids, edits, prefix, inputs)
         tokens = _choose(how, prompt.tokens, answers, logits)
         if not _take(answers, tokens):
             break
@@ -162,46 +165,19 @@ def _take(answers: Sequence[Growing], tokens: Int[Tensor, " rows"]) -> bool:
     return any([answer.take(token) for answer, token in zip(answers, tokens.tolist(), strict=True)])
 
 
-def over(steps: Steps, first: int, n_tokens: int, make: _Make) -> tuple[Edit | None, Steer | None]:
-    """All that is done to rows of `n_tokens`, of which token `first` is step 0."""
-    at = [step for step in range(n_tokens - first) if step in steps.patched]
-    if not at:
-        return None, None
-    edit, steer = make(steps.patch, [first + step for step in at], n_tokens)
-    if steps.by_step is None:
-        return edit, steer
-    each: list[Any] = [make(steps.at(step), [first + step], n_tokens)[0] for step in at]
-
-    def one_by_one(layer: int, z: Tensor) -> Tensor:
-        for edit in each:
-            z = edit(layer, z)
-        return z
-
-    return one_by_one, steer
-
-
-def _rows(model: Model, patch: Any, positions: Sequence[int], n_tokens: int) -> tuple[Edit, Steer | None]:
-    return make_edit(model, patch, positions, n_tokens), make_steer(patch, positions)
-
-
-def _naive(model: Model, patch: Any, positions: Sequence[int], n_tokens: int) -> tuple[Edit, Steer | None]:
-    return naive.row_edit(model, patch, 0, positions)
-
-
 def activations(model: Model, steps: Steps, prompt: Prefix, tokens: Int[Tensor, " tokens"]) -> Tensor:
     """What heads output at every step of an answer, as patched: [1 + tokens, L, H, D]. One forward of a single row."""
-    last = len(prompt.tokens) - 1
-    split = shareable(prompt, last)
+    n_prompt = len(prompt.tokens)
+    split = shareable(prompt, steps.first(n_prompt))
     prefix = compute([prompt], [split])[0].cache[:split] if split else None
     ids = torch.cat([prompt.tokens[split:], tokens.to(prompt.tokens)])
-    edit, steer = over(steps, last - split, len(ids), partial(_rows, model))
     kept: list[Tensor] = []
 
-    def keep(layer: int, z: Tensor) -> Tensor:
-        z = z if edit is None else edit(layer, z)
-        kept.append(pad(z[0, last - split :], (0, model.shape.head_dim - z.shape[-1])).to(model.device))
-        return z
+    def keep(_: str, __: int, z: Tensor) -> None:
+        here = z[0, n_prompt - 1 - split :].clone()
+        kept.append(pad(here, (0, model.shape.head_dim - z.shape[-1])).to(model.device))
 
+    edits = make_edits(model, steps.placed(n_prompt, split, len(ids)), 1, n_prompt)
     inputs = None if split else model.then(prompt.prompt, tokens.to(prompt.tokens)).inputs
-    model.forward(ids[None], keep, prefix, inputs, steer)
+    model.forward(ids[None], keeping(edits, ["z"], model.shape.n_layers, keep), prefix, inputs)
     return model.all_heads(torch.stack(kept, dim=1), -2)

@@ -14,7 +14,7 @@ import torch
 
 from engine.answers.generation import NEW_TOKENS, generate
 from engine.answers.steps import Patched, read_steps
-from engine.core.patches import Heads, Steering, Values
+from engine.core.patches import Heads, One, Values
 from engine.core.patching import patch
 from engine.core.prefix import as_prefix
 from engine.distributed import ALONE, World, digest, identity
@@ -96,10 +96,10 @@ def evaluate(
     model: Model,
     name: str,
     examples: Sequence[ExampleLike],
+    patches: One | Sequence[One] | None = None,
     *,
     heads: Heads = None,
     values: Values = None,
-    steering: Steering | None = None,
     by: By | Scorer = "exact",
     answers: Sequence[Sequence[str]] | None = None,
     patched: Patched = "prompt",
@@ -108,7 +108,7 @@ def evaluate(
     progress: bool = False,
     world: World = ALONE,
 ) -> Score:
-    """Ask all examples, patched if heads or steering are given (one row), and score what the model answers.
+    """Ask all examples, patched if patches, or heads, are given (one row), and score what the model answers.
 
     by:      "exact" (default): the whole string, but for space around it; "normalised": but for case, accents,
              punctuation and articles; "vqa": the VQA accuracy, of its first line; "first_token": the likeliest first
@@ -123,7 +123,7 @@ def evaluate(
     >>> engine.evaluate(model, "zero-shot", [Example("Q: hot\\nA:", " cold")]).queries
     1
     """
-    steps = read_steps(model, heads, values, "replace", steering, patched)
+    steps = read_steps(model, patches, heads, values, "replace", patched)
     if steps.n_rows > 1:
         raise ValueError(f"a score is of one row of heads, got {steps.n_rows}")
     examples = read_examples(examples)
@@ -131,9 +131,9 @@ def evaluate(
     scorer = _read_scorer(by, examples, answers)
     what = by if isinstance(by, str) else getattr(by, "__name__", "custom")
     if world.size > 1:
-        patch_of = digest(steps.patch.heads, steps.patch.values)
+        patch_of = digest(*(part for change in steps.patch.each for part in (change.site, change.units, change.values)))
         world.same(identity(model) | {"name": name, "by": what, "lengths": lengths, "patch": patch_of})
-    given: dict[str, Any] = dict(heads=heads, values=values, steering=steering)
+    given: dict[str, Any] = dict(patches=patches, heads=heads, values=values)
     share = world.share(len(examples), TOGETHER)
     mine: list[float] = []
     for start in track(range(share.start, share.stop, TOGETHER), name, progress and world.rank == 0):

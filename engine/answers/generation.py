@@ -13,10 +13,10 @@ from engine.answers.sampling import read_config
 from engine.answers.steps import Patched, Steps, read_steps
 from engine.core.budget import Budget
 from engine.core.checking import able
-from engine.core.patches import Heads, Mode, Steering, Values
+from engine.core.patches import Heads, Mode, One, Values
 from engine.core.patching import decide, request
 from engine.core.planning import MAX_TOKENS, Strategy
-from engine.core.prefix import Prefix, Prompts, as_prefixes, compute, shareable, why_not_split
+from engine.core.prefix import Prefix, Prompts, as_prefixes, compute, patched_positions, shareable, why_not_split
 from models import Capabilities, Model, UnsupportedModelError
 from models.reading import read_int, read_seed
 from models.shapes import Integer
@@ -31,11 +31,11 @@ NEW_TOKENS = 20
 def generate(
     model: Model,
     prompt: Prompts,
+    patches: One | Sequence[One] | None = None,
     *,
     heads: Heads = None,
     values: Values = None,
     mode: Mode = "replace",
-    steering: Steering | None = None,
     patched: Patched = "prompt",
     by_step: bool = False,
     max_new_tokens: Integer | None = None,
@@ -47,12 +47,12 @@ def generate(
     capture: bool = False,
     strategy: Strategy = "auto",
 ) -> Any:  # str, list[str] or list[list[str]]; captured: of `Answer`s
-    """Answer with heads patched at the last prompt token, and at new ones if asked for; the likeliest tokens, or drawn.
+    """Answer with patches of the prompt, and of new tokens if asked for; the likeliest tokens, or drawn.
 
-    heads, values, mode, steering, strategy: as for `engine.patch`; without any of them the model answers unpatched.
-    patched:  which tokens are patched. "prompt": the prompt's last only (default), so that the patch lives on in its
-              keys and values; "all": every new token too (the reference code's way); n: the first n new ones too; a
-              list of steps: 0 is the prompt's last token, s the s-th new one.
+    patches, heads, values, mode, strategy: as for `engine.patch`; without any of them the model answers unpatched.
+    patched:  which tokens are patched with what is at position -1. "prompt": the prompt's last only (default), so that
+              the patch lives on in its keys and values; "all": every new token too (the reference code's way); n: the
+              first n new ones too; a list of steps: 0 is the prompt's last token, s the s-th new one.
     by_step:  values differ by step: Float[steps, L, H, D] or Float[steps, R, L, H, D]; "all" is then all of those.
     max_new_tokens: default the config's, or 20; an answer ends earlier at an end-of-text token, or where one of `stop`
               appears (cut off).
@@ -77,7 +77,7 @@ def generate(
     choice = read_config(config, seed)
     n_new = config.max_new_tokens if max_new_tokens is None and config is not None else max_new_tokens
     n_new = NEW_TOKENS if n_new is None else read_int(n_new, "max_new_tokens")
-    steps = read_steps(model, heads, values, mode, steering, patched, by_step, n_new)
+    steps = read_steps(model, patches, heads, values, mode, patched, by_step, n_new)
     several, prompts = as_prefixes(model, prompt)
     stops = _read_stops(stop, config)
     if on_token is not None and not callable(on_token):
@@ -94,16 +94,19 @@ def generate(
         raise ValueError(
             f"a prompt of {longest} tokens and {n_new} new ones exceed the {model.shape.max_tokens} of {model.name}"
         )
-    asked = [request(p, 1, (len(p.tokens) - 1,)) for p in prompts]
+    rows = steps.select([0]).patch
+    asked = [request(p, rows, (*patched_positions(rows, p), len(p.tokens) - 1), late=False) for p in prompts]
+    for one in prompts:
+        patched_positions(steps.patch, one)
     decide(model, prompts, asked, strategy)  # refuses what it must before anything runs
-    found = able(model, prompts, strategy)
-    ways = [_way(p, can, n_new, strategy) for p, can in zip(prompts, found, strict=True)]
+    found = able(model, prompts, strategy, sites=steps.patch.sites)
+    ways = [_way(p, steps, can, n_new, strategy) for p, can in zip(prompts, found, strict=True)]
     how = Speaking(n_new, choice, stops, _ends(model, config), on_token)
     answers = _answer(model, how, steps, prompts, ways, budget)
     z = capture and [
         [_captured(model, steps.select([row]), ready, one) for row, one in enumerate(rows)]
         for p, rows in zip(prompts, answers, strict=True)
-        for ready in _ready(p)
+        for ready in _ready(p, steps)
     ]
     said: list[list[Any]] = z or [[one.text() for one in rows] for rows in answers]
     if steps.n_rows > 1:
@@ -131,18 +134,18 @@ def _answer(
 
     for way, group in groupby(range(len(prompts)), key=ways.__getitem__):
         fit = budget.answers(how.max_new_tokens)
-        for which in _few(prompts, list(group), n_rows, fit if way == "packed" else n_rows):
+        for which in _few(prompts, list(group), n_rows, fit if way == "packed" and not steps.alone else n_rows):
             if way != "packed":
                 fit = min(fit, MAX_TOKENS // (len(prompts[which[0]].tokens) + how.max_new_tokens))
             elif fit < n_rows:  # the parts share the prompt
                 (at,) = which
-                prompts = [*prompts[:at], *_ready(prompts[at]), *prompts[at + 1 :]]
+                prompts = [*prompts[:at], *_ready(prompts[at], steps), *prompts[at + 1 :]]
             budget.passes(n_rows, lambda fit=fit: fit, lambda some, which=which: run(which, some))  # type: ignore[misc]
     return answers
 
 
-def _ready(prompt: Prefix) -> list[Prefix]:
-    return compute([prompt], [shareable(prompt, len(prompt.tokens) - 1)])
+def _ready(prompt: Prefix, steps: Steps) -> list[Prefix]:
+    return compute([prompt], [shareable(prompt, steps.first(len(prompt.tokens)))])
 
 
 def _few(prompts: Sequence[Prefix], which: list[int], n_rows: int, fit: int) -> Iterator[list[int]]:
@@ -159,16 +162,16 @@ def _few(prompts: Sequence[Prefix], which: list[int], n_rows: int, fit: int) -> 
     yield group
 
 
-def _way(prompt: Prefix, can: Capabilities, n_new: int, strategy: Strategy) -> Strategy:
+def _way(prompt: Prefix, steps: Steps, can: Capabilities, n_new: int, strategy: Strategy) -> Strategy:
     """How the answers to a prompt are decoded: rows go on by themselves, so even one token packs."""
-    n_tokens = len(prompt.tokens)
+    n_tokens, sites = len(prompt.tokens), steps.patch.sites
     if strategy != "auto":
-        if longer := can.why_not(strategy, n_tokens + n_new):
+        if longer := can.why_not(strategy, n_tokens + n_new, sites):
             raise UnsupportedModelError(f"strategy {strategy!r} is not exact here: {longer}")
         return strategy
-    if can.shared(n_tokens + n_new) or why_not_split(prompt.prompt, n_tokens - 1):
+    if can.shared(n_tokens + n_new) or why_not_split(prompt.prompt, steps.first(n_tokens)):
         return "batch" if not can.batch else "naive"
-    return "expanded" if can.packed else "packed"
+    return "expanded" if can.why_not("packed", sites=sites) else "packed"
 
 
 def _captured(model: Model, steps: Steps, prompt: Prefix, answer: Growing) -> Answer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from engine.answers.steps import Patched, Steps, read_steps
 from engine.core.capabilities import known
 from engine.core.checking import able
-from engine.core.patches import Heads, Mode, Steering, Values
+from engine.core.edits import make_edits
+from engine.core.patches import Heads, Mode, One, Values
 from engine.core.prefix import Prefix, as_prefixes, patched_positions, why_not_split
-from engine.core.runner import make_edit, make_steer
-from models import Capabilities, Edit, Model, PromptLike, Steer, UnsupportedModelError
+from models import Capabilities, Edits, Model, PromptLike, UnsupportedModelError
 from models.handing import Changes, change_forwards, hand_over, why_not_handed
 from models.huggingface import HuggingFace
 from models.reading import read_int
@@ -47,17 +47,17 @@ class Start(Mapping[str, Any]):
 def start(
     model: Model,
     prompt: PromptLike | Prefix,
+    patches: One | Sequence[One] | None = None,
     *,
     heads: Heads = None,
     values: Values = None,
     mode: Mode = "replace",
-    steering: Steering | None = None,
     patched: Patched = "prompt",
     copies: Integer = 1,
 ) -> Start:
     """A patched prompt for transformers' own `generate`, which chooses every new token, by all that it can do.
 
-    heads, values, mode, steering: as for `engine.patch`; R rows are a batch of R texts.
+    patches, heads, values, mode: as for `engine.patch`; R rows are a batch of R texts.
     patched: "prompt": the last prompt token; "all": every new token too; n: the first n new ones too; or a list of
              steps, 0 the last prompt token, s the s-th new one. A token that is run twice is patched twice.
     copies:  of each row, as many as generate makes: max(num_beams, num_return_sequences). Default 1.
@@ -75,7 +75,7 @@ def start(
     >>> len(model.hf.generate(**start, max_new_tokens=5, do_sample=True, top_p=0.9)) == len(masks)
     True
     """
-    steps = read_steps(model, heads, values, mode, steering, patched)
+    steps = read_steps(model, patches, heads, values, mode, patched)
     several, prompts = as_prefixes(model, prompt)
     if several:
         raise ValueError(f"expected one prompt, whose rows go on together, got a list of {len(prompts)}")
@@ -83,16 +83,20 @@ def start(
     if not model.generates:
         raise UnsupportedModelError(f"{model.name} is an encoder: it answers, but does not generate text")
     assert isinstance(model, HuggingFace)  # as all are that generate
-    if refused := why_not_handed(model, steering is not None):
+    if not steps.patch.sites.isdisjoint(("k", "v")):
+        raise UnsupportedModelError(
+            "keys and values of transformers' cache stay unpatched: engine.generate patches k and v"
+        )
+    if refused := why_not_handed(model):
         raise UnsupportedModelError(f"prompts of {model.name} cannot be handed over: {refused}")
-    if steps.at(0) is not None:
-        patched_positions(steps.patch, prompts[0])
+    patched_positions(steps.patch, prompts[0])
+    first = steps.first(n_tokens)
     rows = [row for row in range(steps.patch.n_rows) for _ in range(copies)]
     _refuse(model, known(model, bool(encoded.inputs)).can, n_tokens, len(rows))
     (can,) = able(model, prompts)
     longest = _refuse(model, can, n_tokens, len(rows))
-    unshared = can.expanded or why_not_split(encoded, n_tokens - 1)
-    given = hand_over(model, encoded, 0 if unshared else n_tokens - 1, steps.patch.n_rows, copies)
+    unshared = can.expanded or why_not_split(encoded, first)
+    given = hand_over(model, encoded, 0 if unshared else first, steps.patch.n_rows, copies)
     cache = given["past_key_values"]
     n_cached, state = cache.get_seq_length(), model.state()
     change_forwards(cache, model, encoded.ids, _changes(model, steps, rows, n_tokens, longest))
@@ -124,9 +128,9 @@ def _refuse(model: Model, can: Capabilities, n_tokens: int, n_rows: int) -> int:
 
 def _changes(model: Model, steps: Steps, rows: list[int], n_prompt: int, longest: int) -> Changes:
     """Of a forward: tokens are patched by where they stand, whatever was run, chosen or cut off before."""
-    n_rows, patch = steps.patch.n_rows, steps.patch.select(rows)
+    n_rows, each = steps.n_rows, steps.select(rows)
 
-    def changes(batch: int, first: int, n_tokens: int) -> tuple[Edit | None, Steer | None]:
+    def changes(batch: int, first: int, n_tokens: int) -> Edits:
         if batch != len(rows):
             raise ValueError(
                 f"generate has {batch} rows, and {n_rows} * {len(rows) // n_rows} copies were handed over: "
@@ -134,11 +138,10 @@ def _changes(model: Model, steps: Steps, rows: list[int], n_prompt: int, longest
             )
         if first + n_tokens >= longest:
             raise ValueError(f"prompt and answer exceed the {longest} tokens that {model.name} can go on to")
-        step = first - n_prompt + 1
-        return at(tuple(i for i in range(n_tokens) if steps.at(step + i) is not None), n_tokens)
+        return at(tuple(tuple(tokens) for _, tokens in each.placed(n_prompt, first, n_tokens)))
 
     @lru_cache(4)  # one token after the other: the same masks and values again
-    def at(tail: tuple[int, ...], n_tokens: int) -> tuple[Edit | None, Steer | None]:
-        return (make_edit(model, patch, tail, n_tokens), make_steer(patch, tail)) if tail else (None, None)
+    def at(tokens: tuple[tuple[tuple[int, int], ...], ...]) -> Edits:
+        return make_edits(model, list(zip(each.patch.each, tokens, strict=True)), 1, n_prompt)
 
     return changes

@@ -11,11 +11,13 @@ from models import Capabilities, Model
 
 @dataclass(frozen=True)
 class Established:
-    """can: by the model's rules, less what checks refused. checked: by way, tokens of the longest prompt compared."""
+    """can: by the model's rules, less what checks refused. checked: by way and site, tokens of the longest
+    prompt compared.
+    """
 
     state: Hashable
     can: Capabilities
-    checked: Mapping[str, int] = field(default_factory=dict)
+    checked: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 # By model, and whether prompts have images.

@@ -9,18 +9,19 @@ and when a prompt is more than twice as long as the longest that was compared (w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from engine.core import naive, runner
 from engine.core.capabilities import Established, known, learn
-from engine.core.patches import Patch
+from engine.core.patches import Change, Patch, Patches
 from engine.core.planning import Request, Strategy, make_plan
 from engine.core.prefix import Prefix, compute, why_not_split
-from models import Capabilities, Encoded, KeyValues, Model, UnsupportedModelError
+from models import Capabilities, Edits, Encoded, KeyValues, Model, Site, UnsupportedModelError
 from models.shapes import Float
 
 # Rounding, in units of what rounding every head's output once more does to the logits; tiny models of all families: at
@@ -44,8 +45,10 @@ def able(
     strategy: Strategy = "auto",
     layered: bool = False,
     found: Mapping[bool, Established] | None = None,
+    sites: Collection[Site] = frozenset({"z"}),
 ) -> list[Capabilities]:
-    """What is exact for each of these prompts, the ways compared that may be taken; layered: rows may come in late.
+    """What is exact for each of these prompts, the ways compared that may be taken, patched at these sites; layered:
+    rows may come in late.
 
     auto: one that is not exact is warned of and refused, so that the next is taken. A named strategy that is not exact
     raises UnsupportedModelError with the figure. Refusals of the rules are the plan's business.
@@ -54,7 +57,7 @@ def able(
     seen: dict[bool, Capabilities] = {}
     for images, here in (found or of_kinds(model, prompts)).items():
         some = [prompt for prompt in prompts if bool(prompt.prompt.inputs) == images]
-        seen[images] = _established(model, some, images, strategy, layered, here).can
+        seen[images] = _established(model, some, images, strategy, layered, here, sites).can
     return [seen[bool(prompt.prompt.inputs)] for prompt in prompts]
 
 
@@ -65,15 +68,22 @@ def of_kinds(model: Model, prompts: Sequence[Prefix]) -> dict[bool, Established]
 
 
 def _established(
-    model: Model, prompts: Sequence[Prefix], images: bool, strategy: Strategy, layered: bool, here: Established
+    model: Model,
+    prompts: Sequence[Prefix],
+    images: bool,
+    strategy: Strategy,
+    layered: bool,
+    here: Established,
+    sites: Collection[Site],
 ) -> Established:
-    for way in _ways(strategy, layered):
-        if here.can.why_not(way) or (way == "expanded" and strategy == "auto" and not here.can.packed):
+    for way, site in ((way, site) for way in _ways(strategy, layered) for site in sorted(sites)):
+        packs = not here.can.why_not("packed", sites=sites)
+        if here.can.why_not(way, sites=[site]) or (way == "expanded" and strategy == "auto" and packs):
             continue
         limit = here.can.longest if way != "batch" else model.shape.max_tokens
         fitting = [prompt for prompt in prompts if len(prompt.tokens) <= limit]
         longest = max((len(prompt.tokens) for prompt in fitting), default=0)
-        checked = here.checked.get(way, 0)
+        checked = here.checked.get((way, site), 0)
         if longest <= checked or not fitting:
             continue
         if 2 * checked >= longest and not model.foreign_hooks():
@@ -81,8 +91,9 @@ def _established(
         probes = _probes(model, fitting, limit)
         if not probes:
             continue
-        _see_heads(model, probes[0])
-        refused = _compare(model, probes, way, here.can)
+        if site == "z":
+            _see_heads(model, probes[0])
+        refused = _compare(model, probes, way, here.can, site)
         if refused is None:  # for this call nothing is shared, and nothing is known of others
             warnings.warn(f"{model.name}: {UNCLEAR}", stacklevel=5)
             return here if strategy != "auto" else replace(here, can=Capabilities(UNCLEAR, UNCLEAR, UNCLEAR))
@@ -92,7 +103,7 @@ def _established(
         if refused:
             warnings.warn(f"{model.name}: {SAYS[way]}, {refused}", stacklevel=5)
             can = can.without(way, refused)
-        here = learn(model, images, Established(here.state, can, {**here.checked, way: longest}))
+        here = learn(model, images, Established(here.state, can, {**here.checked, (way, site): longest}))
     return here
 
 
@@ -127,7 +138,10 @@ def _see_heads(model: Model, probe: Prefix) -> None:
         seen.add(layer)
         return z
 
-    model.forward(probe.tokens[None] if probe.prompt.inputs else probe.tokens[None, :4], see, None, probe.prompt.inputs)
+    edits: Edits = {"z": {layer: partial(see, layer) for layer in range(model.shape.n_layers)}}
+    model.forward(
+        probe.tokens[None] if probe.prompt.inputs else probe.tokens[None, :4], edits, None, probe.prompt.inputs
+    )
     if not seen:
         raise UnsupportedModelError(
             f"{model.name}: patching has no effect, its logits do not come through the output projections that were "
@@ -136,14 +150,9 @@ def _see_heads(model: Model, probe: Prefix) -> None:
 
 
 @torch.no_grad()
-def _compare(model: Model, probes: Sequence[Prefix], way: str, can: Capabilities) -> str | None:
+def _compare(model: Model, probes: Sequence[Prefix], way: str, can: Capabilities, site: Site) -> str | None:
     """How far rows are from naive ones if that is more than rounding, empty if it is not; None if nobody can say."""
-    shape, random = model.shape, torch.Generator().manual_seed(0)
-    heads = torch.rand(2, shape.n_layers, shape.n_heads, generator=random) < 0.5
-    if way == "layered":
-        heads[1, : shape.n_layers // 2] = False
-    values = torch.randn(shape.n_layers, shape.n_heads, shape.head_dim, generator=random)
-    patch = Patch(heads, values, (-1,), "replace")
+    patch = _some_rows(model, way, site)
     want = torch.stack([naive.rows(model, patch, probe) for probe in probes])
     noise = torch.stack([naive.rows(model, patch, probe, rounding=True) for probe in probes])
     if not (want.isfinite().all() and noise.isfinite().all()):
@@ -163,8 +172,25 @@ def _compare(model: Model, probes: Sequence[Prefix], way: str, can: Capabilities
     return f"{way} rows were off the naive ones by {apart:.1e} of the largest logit (rounding: {bound:.0e}){carried}"
 
 
+def _some_rows(model: Model, way: str, site: Site) -> Patches:
+    """Two rows of half of the units each; what attention computes is shifted, so that it stays what it can be."""
+    size, random = model.site(site), torch.Generator().manual_seed(0)
+    units = torch.rand(2, size.n_layers, size.units, generator=random) < 0.5
+    for layer, (here, _) in enumerate(size.sizes):
+        units[:, layer, here:] = False
+    if way == "layered":
+        units[1, : size.n_layers // 2] = False
+    if not size.width:
+        units[:, :, 0] |= units.sum(dim=(1, 2))[:, None] == 0
+        values, mode = torch.rand(1, 1, 1, 1, 1, generator=random), "scale"
+    else:
+        values, mode = torch.randn(1, 1, size.n_layers, size.units, size.width, generator=random), "replace"
+    patch = Patch(site, units, values, -1, mode)  # type: ignore[arg-type]
+    return Patches((Change(patch, site, units, (-1,), values),), 2, size.n_layers)
+
+
 def _runs(
-    model: Model, patch: Patch, probes: Sequence[Prefix], way: str, can: Capabilities
+    model: Model, patch: Patches, probes: Sequence[Prefix], way: str, can: Capabilities
 ) -> Iterator[Float[Tensor, "prompts rows vocab"]]:
     """All rows of all prompts in one pass where the way can: rows of one token and of two (some hooks do nothing to
     one, others to the last of two), with prefixes fresh and used again.

@@ -1,225 +1,245 @@
-"""A patch as data: which heads, at which positions, output what instead. Checked in full before anything runs."""
+"""Patches as data: at which site, which units of which layers become what, at which tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models import Model, Shape
-from models.reading import as_int, read_int, read_list, read_tensor
+from models import Site
 from models.shapes import Bool, Float, Integer
 
-Mode: TypeAlias = Literal["replace", "add"]
+Mode: TypeAlias = Literal["replace", "add", "scale"]
 # A mask [rows, layers, heads] or [layers, heads], or (layer, head) pairs for one row; None patches nothing.
 Heads: TypeAlias = Tensor | np.ndarray | Sequence[Iterable[Integer]] | None
-# [layers, heads, head_dim], or one set a row.
+# Likewise of the units of a site; of one that has a single unit also [rows, layers], or a list of layers.
+Units: TypeAlias = Tensor | np.ndarray | Sequence[Integer | Iterable[Integer]]
+# [layers, units, width], for all rows or one set a row, for all positions or one a position.
 Values: TypeAlias = Tensor | np.ndarray | None
 Positions: TypeAlias = Integer | Sequence[Integer]  # arrays and tensors are of the first type
 
 
-@dataclass(frozen=True)
-class Steering:
-    """A vector added to the residual stream after a layer, at the patched tokens.
-
-    vector: what is added.
-    layers: after which layer, for all rows; or a list of them, one row each, None for a row that nothing is added to.
-
-    >>> logits = engine.patch(model, "Q: hot\\nA:", steering=engine.Steering(torch.zeros(model.shape.d_model), [0, 1]))
-    """
-
-    vector: Float[Tensor, " d_model"] | np.ndarray
-    layers: Integer | Sequence[Integer | None]
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patch:
-    """rows of a prompt, each with its own heads patched.
+    """Units of a site that become other values, at some tokens of a prompt; a row each of R variants of it.
 
-    heads:     mask; one row each.
-    values:    what the heads output, shared by all rows or one set a row.
-    positions: tokens patched, negative ones counted from the end of the prompt.
-    mode:      "replace" the heads' output by the values, or "add" the values to it.
-    steering:  a vector added to the residual stream of the same tokens, `layers` being one a row.
+    site:      a named place in every layer, with U units of W numbers a token:
+               "resid_pre", "resid_mid", "resid_post" (1 x d_model): the residual stream as a block is given it, after
+               attention is added, as the block gives it (TransformerLens' hook_resid_pre, ...);
+               "attn_out", "mlp_out" (1 x d_model): what W_O, and the MLP's last projection (of a mixture of experts all
+               of it) give, before a norm that follows, as Gemma2's;
+               "mlp_act" (d_ff x 1): neurons, what that projection is given (hook_post);
+               "z" (heads x head_dim): what each head outputs, the input of W_O;
+               "q" (heads x head_dim), "k", "v" (key/value heads x head_dim): as attention uses them, after norms,
+               biases and rotary positions (hook_rot_q, hook_rot_k, hook_v, these before heads are repeated);
+               "scores", "pattern" (heads x T): attention of a token over the T tokens of the prompt, scaled and capped,
+               before and after the softmax; 0 and -inf after the token itself (hook_attn_scores, hook_pattern).
+    units:     Bool[R, L, U], one row each; Bool[L, U] or a list of (layer, unit): one row. Of sites of one unit also
+               Bool[R, L], or a list of layers.
+    values:    Float[L, U, W] for all rows, or Float[R, L, U, W], one set a row; at each of P positions its own:
+               Float[R or 1, P, L, U, W] (for one row also without the first axis); one vector Float[W], or a number.
+    positions: tokens, negative ones counted from the end of the prompt. Default: the last.
+    mode:      "replace" what is there by the values, "add" them to it, or "scale" it by them: 0 ablates.
+
+    A patch of one row holds for all rows of those beside it; several at one site and layer act in the order given.
+
+    Source: activation patching (arXiv 2404.15255); names of sites: TransformerLens.
+
+    >>> steered = engine.Patch("resid_post", [9], torch.ones(model.shape.d_model), mode="add")
+    >>> logits = engine.patch(model, "Q: hot\\nA:", [steered, engine.Patch("mlp_out", [10], 0.0, mode="scale")])
     """
 
-    heads: Bool[Tensor, "rows layers heads"]
-    values: Float[Tensor, "layers heads head_dim"] | Float[Tensor, "rows layers heads head_dim"]
+    site: Site
+    units: Units
+    values: Values | float | int
+    positions: Positions = -1
+    mode: Mode = "replace"
+
+
+@dataclass(frozen=True, eq=False)
+class Knockout:
+    """Tokens that do not attend to other tokens, the softmax taken over what is left.
+
+    heads:     as the units of z: Bool[R, L, H], Bool[L, H] or (layer, head) pairs; None: all heads of all layers.
+    keys:      tokens that are not seen, negative ones counted from the end of the prompt; or a list of such a row.
+    positions: tokens that do not see them. Default: the last.
+
+    Source: attention knockout (arXiv 2304.14767), section 4.
+
+    >>> logits = engine.patch(model, "Q: hot\\nA:", engine.Knockout(None, [[0], [1, 2]]))
+    >>> len(logits)
+    2
+    """
+
+    heads: Heads
+    keys: Sequence[Integer] | Sequence[Sequence[Integer]] | Tensor | np.ndarray
+    positions: Positions = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A function in place of values: what no record says.
+
+    site, positions: as for `Patch`. layers: those whose activations it is given. rows: how many there are.
+    function: function(layer, x) -> x of the same shape, x [rows, positions, units, width] being its own. Rows may come
+              in parts and with those of other prompts: it must treat rows alike, and tokens one by one, to be exact.
+
+    Gradients of the values of patches beside it go through it.
+
+    >>> logits = engine.patch(model, "Q: hot\\nA:", engine.Edit("mlp_out", [3, 4], lambda layer, x: x.clamp(-1, 1)))
+    """
+
+    site: Site
+    layers: Sequence[Integer]
+    function: Callable[[int, Tensor], Tensor]
+    rows: Integer = 1
+    positions: Positions = -1
+
+
+One: TypeAlias = "Patch | Knockout | Edit"
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """One patch, read: what it does, in tensors, to each of R rows.
+
+    given:     the patch. site: where it acts (a knockout: at the scores).
+    units:     mask of the units it acts on.
+    positions: its tokens. values: Float[R or 1, P or 1, L, U, W] of a `Patch`, each axis
+               1 where it is for all.
+    keys:      of a knockout, the tokens of each row that are not seen.
+    """
+
+    given: One
+    site: Site
+    units: Bool[Tensor, "rows layers units"]
     positions: tuple[int, ...]
-    mode: Mode
-    steering: Steering | None = None
+    values: Float[Tensor, "rows_or_1 positions_or_1 layers_or_1 units_or_1 width_or_1"] | None = None
+    keys: tuple[tuple[int, ...], ...] = ()
 
     @property
-    def n_rows(self) -> int:
-        return len(self.heads)
+    def mode(self) -> Mode:
+        return self.given.mode if isinstance(self.given, Patch) else "replace"
 
-    def rows(self, start: int, stop: int) -> Patch:
+    def select(self, rows: Sequence[int | None]) -> Change:
+        """These rows, in this order; None: one that nothing is done to."""
+        index = torch.tensor([row or 0 for row in rows], dtype=torch.long)
+        units = self.units[index.to(self.units.device)]
+        if None in rows:
+            units[[i for i, row in enumerate(rows) if row is None]] = False
+        values = self.values
+        if values is not None and len(values) > 1:
+            values = values[index.to(values.device)]
+        keys = tuple(self.keys[row or 0] for row in rows) if self.keys else ()
+        return replace(self, units=units, values=values, keys=keys)
+
+    def at(self, n_tokens: int) -> list[int]:
+        """The token of each position in a prompt of so many. Raises IndexError for one outside it."""
+        if outside := [p for p in self.positions if not -n_tokens <= p < n_tokens]:
+            raise IndexError(f"position {outside[0]} lies outside the prompt, which has {n_tokens} tokens")
+        return [p % n_tokens for p in self.positions]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """All that is done to R rows of a prompt, in order."""
+
+    each: tuple[Change, ...]
+    n_rows: int
+    n_layers: int
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        return frozenset(change.site for change in self.each)
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether rows of several prompts cannot share a pass: their attention is over tokens of each."""
+        return not self.sites.isdisjoint(("scores", "pattern"))
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(change.values is not None and change.values.requires_grad for change in self.each)
+
+    def rows(self, start: int, stop: int) -> Patches:
         """Some of the rows."""
         return self.select(range(self.n_rows)[start:stop])
 
-    def select(self, rows: Sequence[int]) -> Patch:
-        """These rows, in this order."""
-        index = torch.tensor(rows, device=self.heads.device)
-        values = self.values if self.values.ndim == 3 else self.values[index.to(self.values.device)]
-        steering = self.steering and replace(self.steering, layers=[self.steered_after[row] for row in rows])
-        return Patch(self.heads[index], values, self.positions, self.mode, steering)
-
-    @property
-    def steered_after(self) -> Sequence[int | None]:
-        """The layer after which each row is steered."""
-        if self.steering is None:
-            return [None] * self.n_rows
-        layers = self.steering.layers
-        return [layers] * self.n_rows if isinstance(layers, int) else layers  # type: ignore[return-value]
+    def select(self, rows: Sequence[int | None]) -> Patches:
+        """These rows, in this order; None: one that nothing is done to."""
+        return Patches(tuple(change.select(rows) for change in self.each), len(rows), self.n_layers)
 
     def first_layers(self) -> list[int]:
-        """The first layer at which each row is patched or steered; the last for a row that is neither."""
-        layers = self.heads.any(dim=2)  # [R, L]
-        last = layers.shape[1] - 1
-        first = torch.where(layers.any(dim=1), layers.int().argmax(dim=1), last).tolist()
-        return [min(a, last if b is None else b) for a, b in zip(first, self.steered_after, strict=True)]
+        """The first layer at which anything is done to each row; the last for a row that nothing is done to."""
+        layers = torch.zeros(self.n_rows, self.n_layers, dtype=torch.bool)
+        for change in self.each:
+            layers |= change.units.any(dim=2).cpu()
+        last = self.n_layers - 1
+        return torch.where(layers.any(dim=1), layers.int().argmax(dim=1), last).tolist()
 
     def at(self, n_tokens: int) -> tuple[int, ...]:
-        """The patched positions of a prompt of `n_tokens`, from its start, in order.
+        """The patched tokens of a prompt of so many, in order. Raises IndexError for a position outside it."""
+        return tuple(sorted({at for change in self.each for at in change.at(n_tokens)}))
 
-        Raises IndexError if one lies outside the prompt.
-        """
-        outside = [p for p in self.positions if not -n_tokens <= p < n_tokens]
-        if outside:
-            raise IndexError(f"position {outside[0]} lies outside the prompt, which has {n_tokens} tokens")
-        return tuple(sorted({p % n_tokens for p in self.positions}))
-
-
-def check_model(model: Any) -> None:
-    """Raises TypeError for a model that was not wrapped."""
-    if not hasattr(model, "rules"):
-        kind = type(model).__name__
-        raise TypeError(
-            f"expected a model of models.load(...) or models.wrap(...), got {kind}: wrap it, models.wrap(hf)"
-        )
-
-
-def read_patch(
-    model: Model,
-    heads: Heads,
-    values: Values,
-    positions: Positions = -1,
-    mode: Mode = "replace",
-    steering: Steering | None = None,
-) -> Patch:
-    """Check what a caller gave against the model's shape and dtype.
-
-    Raises TypeError, ValueError or IndexError naming what was given and what was expected.
-    """
-    check_model(model)
-    steering = read_steering(model, steering)
-    mask = read_heads(model.shape, heads)
-    if steering is not None and isinstance(steering.layers, list):
-        mask = mask.repeat(len(steering.layers), 1, 1) if heads is None else mask
-        if len(steering.layers) != len(mask):
-            raise ValueError(f"steering must name a layer for each of {len(mask)} rows, got {len(steering.layers)}")
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
-    return Patch(mask, read_values(model, values, mask), read_positions(positions), mode, steering)
+    def check(self, n_tokens: int, answer: int = 0) -> tuple[int, ...]:
+        """`at`, and ValueError for what cannot be done to a prompt of so many tokens, the last being of its answer."""
+        found = self.at(n_tokens)
+        for change in self.each:
+            at = change.at(n_tokens)
+            if change.values is not None and change.values.shape[1] > 1 and len(set(at)) < len(at):
+                raise ValueError(f"positions {list(change.positions)} are the same token twice, with values of its own")
+            if change.values is not None and change.site in ("scores", "pattern"):
+                _check_pattern(change, at, n_tokens - answer)
+            for row, keys in enumerate(change.keys):
+                _check_keys(row, keys, at, n_tokens)
+        if len(outs := [change for change in self.each if change.keys]) > 1:
+            _check_together(outs, n_tokens)
+        return found
 
 
-def read_steering(model: Model, steering: Steering | None) -> Steering | None:
-    """With a tensor, and layers as an int or a list."""
-    if steering is None:
-        return None
-    if not isinstance(steering, Steering):
-        raise TypeError(f"steering must be an engine.Steering, got {type(steering).__name__}")
-    shape, vector = model.shape, read_tensor(steering.vector, "a steering vector")
-    if not isinstance(vector, Tensor) or not vector.is_floating_point() or tuple(vector.shape) != (shape.d_model,):
-        given = f"{vector.dtype} {list(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
-        raise ValueError(f"a steering vector must be a floating-point tensor {[shape.d_model]}, got {given}")
-    if not vector.isfinite().all():
-        raise ValueError("the steering vector must be finite, got NaN or inf")
-    check_fits(model, vector, "the steering vector")
-    if steering.layers is None or not (each := read_list(steering.layers)):
-        raise TypeError(f"steering layers must be an int, or a list of one a row, got {steering.layers!r}")
-    layers = [None if given is None else as_int(given) for given in each]
-    for given, layer in zip(each, layers, strict=True):
-        if given is not None and (layer is None or not 0 <= layer < shape.n_layers):
-            raise IndexError(f"steering layer {given!r} is out of range: layers are 0..{shape.n_layers - 1}")
-    return Steering(vector, layers if as_int(steering.layers) is None else layers[0])  # type: ignore[arg-type]
+def _check_together(outs: Sequence[Change], n_tokens: int) -> None:
+    """Raises ValueError if several knockouts leave a token nothing."""
+    for row in range(len(outs[0].units)):
+        for token in {token for change in outs for token in change.at(n_tokens)}:
+            gone = torch.zeros(*outs[0].units.shape[1:], token + 1, dtype=torch.bool)  # [L, H, keys]
+            for change in outs:
+                if token in change.at(n_tokens):
+                    gone[..., [key % n_tokens for key in change.keys[row]]] |= change.units[row].cpu()[..., None]
+            if gone.all(dim=-1).any():
+                raise ValueError(
+                    f"row {row} knocks out all {token + 1} tokens that token {token} sees: nothing is left"
+                )
 
 
-def read_positions(positions: Positions) -> tuple[int, ...]:
-    at = [as_int(position) for position in read_list(positions)]
-    if not at or None in at:
-        raise TypeError(f"positions must be an int or a list of ints, got {positions!r}")
-    return tuple(at)  # type: ignore[arg-type]
+def _check_pattern(change: Change, at: Sequence[int], n_tokens: int) -> None:
+    values: Any = change.values
+    if values.ndim and values.shape[-1] not in (1, n_tokens):
+        raise ValueError(f"values of {change.site} must be of each of {n_tokens} tokens, got {values.shape[-1]}")
+    if change.mode != "replace" or change.site != "pattern":
+        return
+    for p, token in enumerate(at):
+        after = values[:, min(p, values.shape[1] - 1), ..., token + 1 :].detach().ne(0).any(dim=-1)  # [R or 1, L, U]
+        if (after & change.units.to(after.device)).any():
+            raise ValueError(f"a pattern of token {token} must be 0 for the tokens after it, which it does not see")
 
 
-def read_heads(shape: Shape, heads: Heads) -> Bool[Tensor, "rows layers heads"]:
-    n_layers, n_heads = shape.n_layers, shape.n_heads
-    if heads is None:
-        return torch.zeros(1, n_layers, n_heads, dtype=torch.bool)
-    heads = read_tensor(heads, "heads")
-    if isinstance(heads, Tensor) and heads.dtype != torch.bool and heads.shape[1:] == (2,) and n_heads != 2:
-        heads = heads.tolist()  # pairs, as `mask.nonzero()` gives them
-    if not isinstance(heads, Tensor):
-        if not isinstance(heads, Iterable):
-            raise TypeError(f"heads must be a bool mask or a list of (layer, head), got {heads!r}")
-        return _mask_of_pairs(shape, list(heads))[None]
-    if heads.dtype != torch.bool:
-        raise TypeError(f"heads must be a bool mask or a list of (layer, head), got a tensor of {heads.dtype}")
-    mask = heads[None] if heads.ndim == 2 else heads
-    if mask.ndim != 3 or mask.shape[1:] != (n_layers, n_heads) or not len(mask):
-        raise ValueError(
-            f"heads must have shape [rows, {n_layers}, {n_heads}] or [{n_layers}, {n_heads}], got {list(heads.shape)}"
-        )
-    return mask
+def _check_keys(row: int, keys: Sequence[int], at: Sequence[int], n_tokens: int) -> None:
+    if outside := [key for key in keys if not -n_tokens <= key < n_tokens]:
+        raise IndexError(f"key {outside[0]} of row {row} lies outside the prompt, which has {n_tokens} tokens")
+    out = {key % n_tokens for key in keys}
+    for token in at:
+        if later := sorted(key for key in out if key > token):
+            raise ValueError(f"key {later[0]} of row {row} comes after token {token}, which does not see it anyway")
+        if out >= set(range(token + 1)):
+            raise ValueError(f"row {row} knocks out all {token + 1} tokens that token {token} sees: nothing is left")
 
 
-def _mask_of_pairs(shape: Shape, pairs: list[Any]) -> Bool[Tensor, "layers heads"]:
-    mask = torch.zeros(shape.n_layers, shape.n_heads, dtype=torch.bool)
-    for pair in pairs:
-        try:
-            layer, head = (read_int(i, "a number", None) for i in pair)
-        except (TypeError, ValueError):
-            raise TypeError(f"heads must be a bool mask or a list of (layer, head), got {pair!r} in the list") from None
-        if not 0 <= layer < shape.n_layers:
-            raise IndexError(
-                f"layer {layer} of head {(layer, head)} is out of range: layers are 0..{shape.n_layers - 1}"
-            )
-        if not 0 <= head < shape.n_heads:
-            raise IndexError(f"head {head} of head {(layer, head)} is out of range: heads are 0..{shape.n_heads - 1}")
-        mask[layer, head] = True
-    return mask
-
-
-def read_values(model: Model, values: Values, mask: Bool[Tensor, "rows layers heads"]) -> Tensor:
-    shape, values = model.shape, read_tensor(values, "values")
-    one = (shape.n_layers, shape.n_heads, shape.head_dim)
-    if values is None:
-        if mask.any():
-            raise ValueError(f"heads are to be patched but no values were given: expected a tensor {list(one)}")
-        return torch.zeros(one)
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
-        raise TypeError(f"values must be a floating-point tensor, got {kind}")
-    if tuple(values.shape) not in (one, (len(mask), *one)):
-        raise ValueError(
-            f"values must have shape {list(one)}, or {[len(mask), *one]} for one set a row, got {list(values.shape)}"
-        )
-    if not values.isfinite().all():
-        layer, head = (int(i) for i in (~values.isfinite()).nonzero()[0][-3:-1])
-        raise ValueError(f"values must be finite, got NaN or inf (first at layer {layer}, head {head})")
-    check_fits(model, values, "values")
-    return values
-
-
-def check_fits(model: Model, given: Tensor, what: str) -> None:
-    """Raises ValueError for numbers that are finite, but not in the model's dtype."""
-    most = torch.finfo(model.dtype).max
-    if torch.finfo(given.dtype).max > most and (largest := given.detach().abs().max()).to(model.dtype).isinf():
-        raise ValueError(
-            f"{what} must be finite in {model.dtype}, the dtype of {model.name}, whose greatest number is {most:.5g}: "
-            f"got {largest:.5g}"
-        )
+def no_patch(n_layers: int, rows: int = 1, positions: tuple[int, ...] = (-1,)) -> Patches:
+    """Nothing, at these positions: they say where rows begin."""
+    nothing = Patch("z", (), None)
+    units = torch.zeros(rows, n_layers, 1, dtype=torch.bool)
+    return Patches((Change(nothing, "z", units, positions),), rows, n_layers)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from models import Capabilities, Shape, UnsupportedModelError
+from models import Capabilities, Shape, Site, UnsupportedModelError
 from models.reading import read_int
 
 Strategy: TypeAlias = Literal["auto", "layered", "packed", "expanded", "batch", "naive"]
@@ -59,6 +59,7 @@ class Request:
     n_ready:   tokens of the prompt whose keys and values are at hand.
     entry:     the first patched layer of each row, if known: up to there it is the unpatched row.
     unsplit:   why rows of this prompt cannot begin where they are first patched; empty if they can.
+    sites:     where rows are patched.
     """
 
     n_tokens: int
@@ -67,11 +68,12 @@ class Request:
     n_ready: int = 0
     entry: Sequence[int] = ()
     unsplit: str = ""
+    sites: frozenset[Site] = frozenset()
 
     def why_not(self, way: str, can: Capabilities) -> str:
         """Why these rows are not exact this way; empty if they are."""
         unsplit = self.unsplit if way in ("layered", "packed", "expanded") else ""
-        return unsplit or can.why_not(way, self.n_tokens)
+        return unsplit or can.why_not(way, self.n_tokens, self.sites)
 
 
 def make_plan(shape: Shape, can: Capabilities, asked: Request, strategy: Strategy = "auto") -> Plan:
@@ -96,12 +98,13 @@ def make_plan(shape: Shape, can: Capabilities, asked: Request, strategy: Strateg
     # One unpatched row, and of every other the layers it is in.
     layered = split + math.ceil(tail * (1 + sum(shape.n_layers - layer for layer in asked.entry) / shape.n_layers))
     not_packed, not_expanded = (asked.why_not(way, can) for way in ("packed", "expanded"))
-    late = asked.entry and not asked.why_not("layered", can) and layered - ready <= LAYERED_FROM * (shared - ready)
+    least = min(shared - ready, whole)
+    late = asked.entry and not asked.why_not("layered", can) and layered - ready <= LAYERED_FROM * least
     if strategy != "auto":
         reason = "asked for"
     elif not_packed and not_expanded:
         strategy, reason = "batch", f"nothing is shared: {not_packed}"
-    elif n_rows * split <= 0.1 * whole:
+    elif n_rows * split <= 0.1 * whole and not late:
         strategy, reason = "batch", f"rows share only {split} of {n_tokens} tokens"
     elif not_packed:
         strategy, reason = "expanded", f"not packed: {not_packed}"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.core.capabilities import known
-from engine.core.patches import Patch, Positions, check_model, read_patch
+from engine.core.patches import Patches, Positions, no_patch
+from engine.core.reading import check_model, read_positions
 from models import Capabilities, Encoded, KeyValues, Model, PromptLike, UnsupportedModelError
 from models.reading import as_int
 from models.shapes import Int
@@ -92,7 +93,7 @@ def prefill(model: Model, prompt: PromptLike, positions: Positions = -1) -> Pref
     1
     """
     whole = as_prefix(model, prompt)
-    first = read_patch(model, None, None, positions).at(len(whole.tokens))[0]
+    first = no_patch(1, positions=read_positions(positions)).at(len(whole.tokens))[0]
     refuse_split(whole, first, known(model, bool(whole.prompt.inputs)).can)
     from engine.core.checking import able  # which runs prefixes
 
@@ -126,9 +127,9 @@ def refuse_split(prompt: Prefix, split: int, can: Capabilities) -> None:
         raise UnsupportedModelError(f"no prefix of this prompt can be shared on {prompt.model.name}: {refused}")
 
 
-def patched_positions(patch: Patch, prompt: Prefix) -> tuple[int, ...]:
-    """`patch.at` for this prompt. Raises IndexError outside it, ValueError on an image token."""
-    positions, images = patch.at(len(prompt.tokens)), prompt.prompt.image_tokens
+def patched_positions(patch: Patches, prompt: Prefix) -> tuple[int, ...]:
+    """`patch.check` for this prompt, less its answer. Raises IndexError outside it, ValueError on an image token."""
+    positions, images = patch.check(len(prompt.tokens), prompt.places - 1), prompt.prompt.image_tokens
     if images is not None:
         hit = [p for p in positions if images[p]]
         if hit:

@@ -7,17 +7,19 @@ pass costs what its kernels cost: about reading the weights.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from engine.core.ops import edit_heads
-from engine.core.patches import Heads, Mode, Patch, Positions, Values, check_model, read_patch, read_positions
+from engine.core.edits import Ready, at_tokens, in_order, patch_units, spans
+from engine.core.patches import Heads, Mode, Patch, Patches, Positions, Values, no_patch
 from engine.core.patching import decide, request
 from engine.core.prefix import Prefix, as_prefix, compute
-from engine.core.runner import contiguous
-from models import KeyValues, Model, PromptLike, Segment, UnsupportedModelError
+from engine.core.reading import check_model, read_patches, read_positions
+from models import Edit, Edits, KeyValues, Model, PromptLike, Segment, Site, UnsupportedModelError
 from models.reading import read_int
 from models.shapes import Float, Integer
 
@@ -31,7 +33,7 @@ class RowStep:
     rows:      of every call.
     context:   tokens of the longest prefix it will be given; buffers of that many keys and values are held.
     positions: patched tokens, counted from the end of the prompt. Default: the last.
-    mode:      "replace" or "add".
+    mode:      "replace", "add" or "scale": of heads and values; patches have their own.
     impl:      "graph" records the pass as a CUDA graph at the first call, holds it to the plain pass, and replays it;
                "eager" runs the same pass over the same buffers; "auto" (default) is "graph" on CUDA, else "eager".
                A graph that cannot be recorded, or disagrees, raises under "graph"; "auto" warns and runs eager.
@@ -74,29 +76,48 @@ class RowStep:
         self.positions = at
         self.impl = impl
         self.tail = -min(at)  # tokens of a row
-        self._spans = contiguous(sorted({self.tail + p for p in at}))
         self._records = on_cuda and impl != "eager"
         self._graph: torch.cuda.CUDAGraph | None = None
-        device, shape = model.device, model.shape
+        device = model.device
         self._ids = torch.zeros(rows, self.tail, dtype=torch.long, device=device)
         self._length, self._offset = torch.zeros(2, dtype=torch.long, device=device)
-        self._heads = torch.zeros(shape.n_layers, rows, shape.n_heads, dtype=torch.bool, device=device)
-        self._heads = model.own_heads(self._heads, -1).contiguous()
-        self._values: Tensor | None = None  # [L, 1|R, H, D]
+        self._kind: Hashable = None  # of the patches that the buffers are for
+        self._ready: list[Ready] = []
+        self._edits: Edits = {}
         self._cache = KeyValues(offset=self._offset)
         self._held: Prefix | None = None
         self._logits: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, prompt: PromptLike | Prefix, *, heads: Heads, values: Values) -> Float[Tensor, "rows vocab"]:
+    def __call__(
+        self,
+        prompt: PromptLike | Prefix,
+        patches: Patch | Sequence[Patch] | None = None,
+        *,
+        heads: Heads = None,
+        values: Values = None,
+    ) -> Float[Tensor, "rows vocab"]:
         """Last-token logits of every row; a prompt that is not a computed `Prefix` is computed first.
 
+        Patches of other sites, units, modes or kinds of values than before ask for another graph.
+
         Raises ValueError for another number of rows than the step was made for, a prefix longer than its buffers, or
-        one that holds nothing; else as `engine.patch`.
+        one that holds nothing, patches at other positions than the step's; UnsupportedModelError for attention over
+        tokens, and functions; else as `engine.patch`.
         """
-        patch = read_patch(self.model, heads, values, self.positions, self.mode)
+        if patches is None:
+            patch = read_patches(self.model, None, heads, values, self.positions, self.mode)
+        else:
+            patch = read_patches(self.model, patches, heads, values)
         if patch.n_rows != self.rows:
             raise ValueError(f"the step was made for {self.rows} rows, got {patch.n_rows}")
+        if odd := [c.given for c in patch.each if not isinstance(c.given, Patch) or c.site in ("scores", "pattern")]:
+            what = f"an engine.{type(odd[0]).__name__} of attention over tokens, or by a function"
+            raise UnsupportedModelError(
+                f"a step has buffers of fixed sizes, which does not take {what}: engine.patch does"
+            )
+        if not {p for change in patch.each for p in change.positions} <= set(self.positions):
+            raise ValueError(f"the step was made for positions {list(self.positions)}, got patches at others")
         prefix = as_prefix(self.model, prompt)
         n_tokens = len(prefix.tokens)
         split = n_tokens - self.tail
@@ -116,7 +137,8 @@ class RowStep:
         """The prefix into the buffers, unless it is there."""
         if prefix is self._held:
             return
-        decide(self.model, [prefix], [request(prefix, self.rows, [split])], "packed")
+        asked = request(prefix, no_patch(self.model.shape.n_layers, self.rows), [split], late=False)
+        decide(self.model, [prefix], [asked], "packed")
         cache = compute([prefix], [split])[0].cache
         if not self._cache.keys:
             for buffers, given in ((self._cache.keys, cache.keys), (self._cache.values, cache.values)):
@@ -130,25 +152,34 @@ class RowStep:
         self._offset.fill_(cache.offset)
         self._held = prefix
 
-    def _set(self, patch: Patch) -> None:
-        """Masks and values into their buffers; another kind of values asks for another graph."""
-        self._heads.copy_(self.model.own_heads(patch.heads, -1).transpose(0, 1))
-        values = self.model.own_heads(patch.values, -2)
-        values = values[:, None] if values.ndim == 3 else values.transpose(0, 1)
-        if self._values is None or self._values.shape != values.shape:
-            self._values = torch.empty(values.shape, device=self.model.device, dtype=self.model.dtype)
-            self._graph = None
-        self._values.copy_(values)
+    def _set(self, patch: Patches) -> None:
+        """Masks and values into their buffers; patches of another kind ask for others, and another graph."""
+        acts = [change.units.any(dim=2).any(dim=0).tolist() for change in patch.each]
+        values = [change.values for change in patch.each if change.values is not None]  # all have some
+        kind: Hashable = tuple(
+            (change.site, change.mode, change.positions, x.shape, tuple(at) if change.site != "z" else None)
+            for change, x, at in zip(patch.each, values, acts, strict=True)
+        )
+        new = [Ready(self.model, change) for change in patch.each]
+        if kind == self._kind:
+            for held, ready in zip(self._ready, new, strict=True):
+                held.mask.copy_(ready.mask)
+                held.values.copy_(ready.values)
+            return
+        self._kind, self._graph, self._ready = kind, None, new
+        edits: dict[Site, dict[int, list[Edit]]] = {}
+        for change, ready, layers in zip(patch.each, new, acts, strict=True):
+            ready.own()
+            where = spans(at_tokens(change, self.tail), change)
+            for layer, on in enumerate(layers):
+                if on or change.site == "z":
+                    act = partial(patch_units, ready, where, change.mode, layer)
+                    edits.setdefault(change.site, {}).setdefault(layer, []).append(act)
+        self._edits = {site: {at: in_order(each) for at, each in by.items()} for site, by in edits.items()}
 
     def _run(self) -> Float[Tensor, "rows vocab"]:
         segment = Segment(self._cache, self._ids, length=self._length)
-        return self.model.pack([segment], self._edit).logits[0]
-
-    def _edit(self, layer: int, z: Tensor) -> Tensor:
-        for span in self._spans:
-            values = self._values[layer][..., : z.shape[-1]]  # type: ignore[index]
-            edit_heads(z[:, span], self._heads[layer], values, self.mode)
-        return z
+        return self.model.pack([segment], self._edits).logits[0]
 
     def _record(self) -> Float[Tensor, "rows vocab"]:
         """Record the pass, and see that a replay gives what the plain pass gives."""

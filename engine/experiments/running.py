@@ -14,12 +14,11 @@ from torch import nn
 
 from engine import plots
 from engine.answers.evaluation import wilson
-from engine.artifacts import TaskVector, write_whole
-from engine.core.patches import check_model
+from engine.artifacts import TaskVector, versions, write_whole
+from engine.core.reading import check_model
 from engine.experiments import report
 from engine.experiments.paper import EXPERIMENTS, FOUR, baselines, main
 from engine.experiments.setting import AnyTask, Options, Record, Setting
-from engine.methods import mtv
 from models import Model
 
 # The vector of seed 0 whose heads are drawn; "mtv" for the others.
@@ -208,7 +207,7 @@ def _write(results: Results, tasks: Sequence[AnyTask], samples: dict[str, list[d
     name, folder, records = results.name, results.folder, results.records
     said = dict(
         experiment=name, model=results.model, options=asdict(results.options), tasks=[task.name for task in tasks],
-        records=records, table=results.rows(), versions=mtv.versions(),
+        records=records, table=results.rows(), versions=versions(),
     )  # fmt: skip
     write_whole(folder / "results.json", json.dumps(said, indent=1) + "\n")
     title, pictures = f"{name}, {results.model}", {}

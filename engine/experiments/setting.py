@@ -18,12 +18,12 @@ from engine.answers.evaluation import exact
 from engine.answers.generation import generate
 from engine.artifacts import TaskVector
 from engine.core.activations import mean_activations
-from engine.core.patches import Steering
+from engine.core.patches import One
 from engine.core.patching import patch
 from engine.core.prefix import Prefix, as_prefix, compute, shareable
 from engine.distributed import digest, identity
 from engine.methods import mtv
-from engine.methods.search import PRESETS
+from engine.methods.options import PRESETS
 from engine.progress import track
 from engine.tasks import Example, Task, first_token
 from engine.tasks.pictures import PictureTask
@@ -172,10 +172,10 @@ class Setting:
             ways.append(Way(name, mask.view_as(vector.mask), vector.values))
         return ways
 
-    def ask(self, examples: Sequence[Example], ways: Sequence[Way], steering: Steering | None = None) -> list[Record]:
+    def ask(self, examples: Sequence[Example], ways: Sequence[Way], patches: One | None = None) -> list[Record]:
         """The held-out questions, asked in all ways at once: ways are rows of one forward.
 
-        examples: of `queries`. steering: added in each way.
+        examples: of `queries`. patches: what is patched besides, in each way.
 
         accuracy: of the first token; of tasks with open answers, the VQA accuracy of the generated text.
         exact:    of the whole string, the patch at the prompt's last token; None for open answers.
@@ -192,7 +192,7 @@ class Setting:
             prompts = [as_prefix(self.model, example.prompt) for example in some]
             tokens += [len(prompt.tokens) for prompt in prompts]
             prompts = compute(prompts, [shareable(prompt, len(prompt.tokens) - 1) for prompt in prompts])
-            patched: dict[str, Any] = dict(heads=heads, values=values, steering=steering)
+            patched: dict[str, Any] = dict(patches=patches, heads=heads, values=values)
             if getattr(self.task, "open_ended", False):
                 right += self._vqa(self.held_out[start : start + AT_ONCE], prompts, len(ways), patched)
                 continue

@@ -11,6 +11,7 @@ By gates, one backward pass through the edit z := z + g (mean - z):  dL/dg, at
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -20,7 +21,7 @@ from engine.core.checking import able
 from engine.core.prefix import Prefix, compute, shareable
 from engine.core.runner import segments
 from engine.tasks.scoring import cross_entropies, with_answer
-from models import Edit, Model, UnsupportedModelError
+from models import Edits, Model, UnsupportedModelError
 from models.shapes import Float
 
 Estimator: TypeAlias = Literal["reinforce", "leave_one_out", "straight_through", "relaxed"]
@@ -35,18 +36,18 @@ def leave_one_out(losses: Float[Tensor, " rollouts"]) -> Float[Tensor, " rollout
 
 def gated(
     model: Model, gates: Float[Tensor, "rows layers heads"], means: Float[Tensor, "layers heads head_dim"], at: int = -1
-) -> Edit:
-    """The edit z + g (mean - z) at one token of each row: exactly z where g is 0, exactly the mean where it is 1."""
+) -> Edits:
+    """Z + g (mean - z) for z, at one token of each row: exactly z where g is 0, exactly the mean where it is 1."""
     gates = model.own_heads(gates.to(model.device), -1)[:, None, :, :, None]  # [rows, 1, L, H, 1]
     means = model.own_heads(means.to(model.device), -2)
 
-    def edit(layer: int, z: Tensor) -> Tensor:
+    def gate(layer: int, z: Tensor) -> Tensor:
         # A copy: a backend writes to z, and the backward pass reads what it was.
         token, new = z.shape[1] + at, means[layer][:, : z.shape[-1]].to(z)
         one = z[:, token : token + 1].clone().lerp(new, gates[:, :, layer].to(z))
         return torch.cat([z[:, :token], one, z[:, token + 1 :]], dim=1)
 
-    return edit
+    return {"z": {layer: partial(gate, layer) for layer in range(model.shape.n_layers)}}
 
 
 def gated_logits(

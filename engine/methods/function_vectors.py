@@ -23,7 +23,8 @@ from torch import Tensor
 
 from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.core.activations import mean_activations
-from engine.core.patches import Steering, Values, check_model, read_heads, read_values
+from engine.core.patches import Patch, Values
+from engine.core.reading import check_model, read_heads, read_means
 from engine.questions.effects import Effects
 from engine.questions.sweeping import sweep
 from engine.tasks.scoring import (
@@ -46,16 +47,16 @@ class FunctionVector:
     """A vector to be added to the residual stream, and the heads that it was made of.
 
     >>> vector = engine.fv.FunctionVector(torch.zeros(model.shape.d_model), [(2, 1)])
-    >>> answer = engine.generate(model, "Q: hot\\nA:", steering=vector.after(layer=1), max_new_tokens=2)
+    >>> answer = engine.generate(model, "Q: hot\\nA:", vector.after(layer=1), max_new_tokens=2)
     """
 
     vector: Float[Tensor, " d_model"]
     heads: list[tuple[int, int]]
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def after(self, layer: Integer) -> Steering:
-        """Added after this layer; what `steering=` takes."""
-        return Steering(self.vector, layer)
+    def after(self, layer: Integer) -> Patch:
+        """The patch that adds it to the residual stream after this layer."""
+        return Patch("resid_post", [layer], self.vector, mode="add")
 
     def save(self, path: str | Path) -> None:
         """Write vector, heads and metadata to one file."""
@@ -166,8 +167,7 @@ def compose(model: Model, means: Values, heads: Sequence[tuple[Integer, Integer]
     True
     """
     check_model(model)
-    shape = (model.shape.n_layers, model.shape.n_heads)
-    means = read_values(model, means, torch.ones(1, *shape, dtype=torch.bool))
+    means = read_means(model, means)
     total = torch.zeros(model.shape.d_model)
     read_heads(model.shape, heads)
     for layer, head in ((int(layer), int(head)) for layer, head in heads):
@@ -184,5 +184,6 @@ def hits_by_layer(
     31
     """
     check_model(model)
-    layers = [*range(model.shape.n_layers), None]
-    return first_token_hits(model, examples, steering=Steering(vector, layers))
+    n_layers = model.shape.n_layers
+    each = torch.eye(n_layers + 1, n_layers, dtype=torch.bool)
+    return first_token_hits(model, examples, Patch("resid_post", each, vector, mode="add"))

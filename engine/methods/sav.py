@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from engine.artifacts import load_tensors, save_tensors
 from engine.core.activations import capture
-from engine.core.patches import check_model
+from engine.core.reading import check_model
 from models import Model, PromptLike
 from models.reading import as_int, read_tensor
 from models.shapes import Float, Int, Integer

@@ -2,46 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.methods.estimators import Estimator, leave_one_out
+from engine.methods.options import Preset
 from models.shapes import Bool, Float
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Where the paper and its reference code differ.
-
-    steps:      default number of steps.
-    init:       of theta; None: standard normal.
-    clamp:      probabilities stay in [clamp, 1 - clamp].
-    normalise:  advantage (L - mean) / (std + 1e-3), log-probabilities summed over rollouts; else A = L, averaged.
-    in_order:   examples taken one after the other; else drawn with replacement.
-    candidates: draws of heads, of which the best on the validation examples is kept.
-    patched:    tokens of an answer that are patched when it is generated (`engine.generate`).
-    stops:      where an answer is cut off.
-    """
-
-    steps: int
-    init: float | None
-    clamp: float
-    normalise: bool
-    in_order: bool
-    candidates: int
-    patched: Literal["prompt", "all"] = "all"
-    stops: tuple[str, ...] = ("\n", ".")
-
-
-PRESETS = {
-    "paper": Preset(steps=100, init=None, clamp=0.0, normalise=False, in_order=True, candidates=1),
-    "reference": Preset(steps=600, init=-1.0, clamp=1e-3, normalise=True, in_order=False, candidates=10),
-}
 
 
 class Search:
@@ -145,11 +115,8 @@ def read_checkpoint(path: str | Path, identity: dict[str, Any]) -> tuple[dict[st
     if can_begin(path):
         return None
     tensors, saved = load_tensors(path, ("theta", "exp_avg", "exp_avg_sq", "random", "losses"))
-    saved = {
-        "estimator": "reinforce",
-        "prompts_per_step": 1,
-        "loss": "first_token",
-    } | saved  # older files were of nothing else
+    older = {"estimator": "reinforce", "prompts_per_step": 1, "loss": "first_token"}  # which were of nothing else
+    saved = older | saved
     differing = sorted(key for key in identity if saved.get(key) != identity[key])
     if differing:
         was, now = ({key: one.get(key) for key in differing} for one in (saved, identity))

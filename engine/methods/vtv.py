@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from engine.artifacts import TaskVector
 from engine.core.activations import mean_activations
-from engine.core.patches import check_model
+from engine.core.reading import check_model
 from engine.methods import mtv
 from engine.tasks.scoring import ExampleLike, check_examples, read_examples
 from models import Model
@@ -55,7 +55,7 @@ def extract(
     iterations, examples = read_int(iterations, "iterations", None), read_examples(examples)
     if not 1 <= iterations <= len(examples):
         raise ValueError(f"expected iterations from 1 to {len(examples)}, the number of examples, got {iterations}")
-    mtv.read_options("reference", iterations, rollouts, lr)
+    mtv.read_options(steps=iterations, rollouts=rollouts, lr=lr)
     seed, unseen = read_seed(seed), read_examples(validation, "validation examples") if validation else []
     check_examples(model, [*examples, *unseen])  # before the means
     means = mean_activations(model, [example.prompt for example in examples[:iterations]], progress=progress)

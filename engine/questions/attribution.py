@@ -22,11 +22,14 @@ from torch import Tensor
 from engine.core.budget import Budget
 from engine.core.checking import able
 from engine.core.patches import Positions
-from engine.core.prefix import Prefix
 from engine.progress import track
+from engine.questions.asked import Asked, read_prompts
 from engine.questions.effects import Effects
 from engine.questions.metrics import Metric
-from engine.questions.sweeping import Ablation, Answers, Asked, activations, computed, in_passes, read
+from engine.questions.origins import Ablation, read_origin
+from engine.questions.runs import Runs
+from engine.questions.scoring import Answers, read_scoring
+from engine.questions.where import read_where
 from engine.tasks.scoring import ExampleLike, Scored
 from models import Model, PromptLike, UnsupportedModelError
 from models.reading import read_int
@@ -79,33 +82,30 @@ def attribute(
     if metric == "kl" and steps == 1:
         raise ValueError("the gradient of 'kl' is 0 at the unpatched run, where it is least: give steps > 1")
     with torch.inference_mode(False), torch.no_grad():
-        asked = read(model, prompts, values, source, metric, targets, others, positions, seed=seed, scored=scored)
+        given, ready, targets = read_prompts(model, prompts, targets)
+        where = read_where(ready, positions)
+        origin = read_origin(ready, where, values, source, seed=seed)
+        asked = Asked(ready, where, origin, read_scoring(model, given, metric, targets, others, scored))
         budget = Budget(model, memory, graph=True)
-        n_prompts, units = len(asked.prompts), model.shape.n_layers * model.shape.n_heads
-        patched = torch.empty(n_prompts, len(asked.at), units, dtype=torch.float64)
-        clean, reference = patched.new_empty(n_prompts), patched.new_empty(n_prompts) if asked.sources else None
-        able(model, asked.prompts)
-        for n in track(range(n_prompts), "attribution", progress):
-            prompt, (new, source_run) = computed(asked.prompts[n], asked.at), asked.patched_in(n)
-            change = new.to(model.device) - activations(prompt, asked.at)  # [P, L, H, D]
-            for p, position in enumerate(asked.at):
-                gradient, unpatched = _gradient(asked, n, prompt, change[p], position, steps, budget)
-                clean[n] = unpatched[0]
+        units = model.shape.n_layers * model.shape.n_heads
+        patched = torch.empty(len(ready), len(where.at), units, dtype=torch.float64)
+        clean, reference = patched.new_empty(len(ready)), patched.new_empty(len(ready)) if origin.sources else None
+        able(model, ready)
+        for n in track(range(len(ready)), "attribution", progress):
+            prompt, (new, source_run) = where.computed(ready[n]), origin.into(n)
+            change = new.to(model.device) - where.activations(prompt)  # [P, L, H, D]
+            for p, position in enumerate(where.at):
+                gradient, score, logits = _gradient(Runs(asked.scoring, n, prompt, position), change[p], steps, budget)
+                clean[n] = score
                 patched[n, p] = clean[n] + (gradient * change[p].double()).sum(dim=-1).flatten().cpu()
             if reference is not None and source_run is not None:
-                reference[n] = asked.scores(n, source_run, unpatched[1])[0]
+                reference[n] = Runs(asked.scoring, n, source_run).scores(logits)[0]
         return asked.effects(patched, clean, reference, metadata={"estimate": "attribution patching", "steps": steps})
 
 
 def _gradient(
-    asked: Asked,
-    n: int,
-    prompt: Prefix,
-    difference: Float[Tensor, "layers heads head_dim"],
-    position: int,
-    steps: int,
-    budget: Budget,
-) -> tuple[Float[Tensor, "layers heads head_dim"], tuple[Tensor, Float[Tensor, " vocab"]]]:
+    runs: Runs, difference: Float[Tensor, "layers heads head_dim"], steps: int, budget: Budget
+) -> tuple[Float[Tensor, "layers heads head_dim"], Float[Tensor, ""], Float[Tensor, " vocab"]]:
     """The mean of the metric's gradient over the path; and of the unpatched run the metric and the logits."""
     # The first row is the unpatched run, of which more steps take no gradient.
     points = torch.cat([torch.zeros(1), (torch.arange(steps) + 0.5) / steps]) if steps > 1 else torch.zeros(1)
@@ -113,38 +113,38 @@ def _gradient(
     total = torch.zeros_like(difference, dtype=torch.float64)
     clean: tuple[Tensor, Tensor] | None = None
 
-    def run(prompt: Prefix, some: slice) -> None:
+    def run(runs: Runs, some: slice) -> None:
         nonlocal clean
         shift = points[some].to(difference)[:, None, None, None] * difference  # [rows, L, H, D]
         with torch.enable_grad():
             shift.requires_grad_()
-            given = dict(heads=heads[some], values=shift, mode="add")
-            scores, logits = asked.scores(n, prompt, clean[1] if clean and some.start else None, position, **given)
+            before = clean[1] if clean and some.start else None
+            scores, logits = runs.scores(before, heads=heads[some], values=shift, mode="add")
             gradient = _derivative(scores, shift)
             if gradient is None:
-                raise _without(asked, recorded=_derivative(logits, shift) is not None)
+                raise _without(runs.prompt.model, recorded=_derivative(logits, shift) is not None)
         if not some.start:
             clean = scores[0].detach().clone(), logits[0].detach().clone()
         total.add_(gradient[1 if steps > 1 and not some.start else 0 :].double().sum(dim=0))
 
     try:
-        in_passes(asked, n, budget, len(points), prompt, position, run)
+        runs.in_passes(len(points), budget, run)
     except RuntimeError as error:
         if "nference tensor" not in str(error):
             raise
         raise UnsupportedModelError(
-            f"{asked.model.name} gives no gradients: it, or a prefix that was given, was made in inference mode"
+            f"{runs.prompt.model.name} gives no gradients: it, or a prefix that was given, was made in inference mode"
         ) from error
-    return total / steps, clean  # type: ignore[return-value]
+    return total / steps, *clean  # type: ignore[misc]
 
 
 def _derivative(of: Tensor, by: Tensor) -> Tensor | None:
     return torch.autograd.grad(of.sum(), by, allow_unused=True)[0] if of.requires_grad else None
 
 
-def _without(asked: Asked, recorded: bool) -> ValueError:
+def _without(model: Model, recorded: bool) -> ValueError:
     if recorded:
         return ValueError("the metric records no gradient: compute it from the logits by differentiable operations")
     return UnsupportedModelError(
-        f"{asked.model.name} gives no gradients: its layers record none (quantised ones, or under torch.no_grad)"
+        f"{model.name} gives no gradients: its layers record none (quantised ones, or under torch.no_grad)"
     )

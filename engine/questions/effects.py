@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +15,14 @@ from torch import Tensor
 
 from engine.artifacts import load_tensors, save_tensors
 from engine.questions.metrics import check_scores
-from models.reading import read_int, read_seed
+from engine.questions.statistics import Correction, bootstrap, needed, sign_flips, spearman
+from models.reading import read_int
 from models.shapes import Bool, Float, Integer
 
 if TYPE_CHECKING:
     import pandas
 
-Correction: TypeAlias = Literal["max", "holm", "fdr"]
 Ranking: TypeAlias = Literal["absolute", "positive", "negative"]
-
-AT_ONCE = 1024  # units whose resampled means are held at once
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -138,24 +135,7 @@ class Effects:
         >>> effects = engine.Effects(torch.rand(9, 2, 3), clean=torch.zeros(9))
         >>> low, high = effects.interval(resamples=999)
         """
-        stats = _needed("scipy.stats", "intervals")
-        x = self._several("an interval")
-        if not 0 < level < 1:
-            raise ValueError(f"level must lie between 0 and 1, got {level}")
-        resamples, seed = _read_resamples(resamples), read_seed(seed)
-        low, high = x[0].clone(), x[0].clone()
-        varied = (x != x[0]).any(dim=0).nonzero().flatten()
-        for units in varied.split(AT_ONCE):
-            found = stats.bootstrap(
-                (x[:, units].numpy(),),
-                _mean,
-                confidence_level=level,
-                n_resamples=resamples,
-                batch=max(1, 2**22 // (len(x) * len(units))),
-                vectorized=True,
-                rng=seed,
-            ).confidence_interval
-            low[units], high[units] = torch.from_numpy(found.low), torch.from_numpy(found.high)
+        low, high = bootstrap(self._several("an interval"), level, resamples, seed)
         shape = self.patched.shape[1:]
         return low.reshape(shape), high.reshape(shape)
 
@@ -184,29 +164,7 @@ class Effects:
         """
         if correction is not None and correction not in get_args(Correction):
             raise ValueError(f"correction must be one of {get_args(Correction)} or None, got {correction!r}")
-        x = self._several("a test")
-        resamples, seed = _read_resamples(resamples), read_seed(seed)
-        n = len(x)
-        exact = 2 ** (n - 1) <= resamples
-        signs = _all_signs(n) if exact else _drawn_signs(n, resamples, seed)
-        # |sum| / norm is in the order of |t|: flips leave the norm alone. The largest is 1 lest squares underflow.
-        x = x / x.abs().amax(dim=0).clamp(min=torch.finfo(x.dtype).tiny)
-        x = x / x.norm(dim=0).clamp(min=1)
-        seen = x.sum(dim=0).abs() - 1e-12  # flips that tie with what was seen count, whatever they round to
-        hits, largest = [], torch.zeros(len(signs), dtype=torch.float64)
-        for some, bar in zip(x.split(AT_ONCE, dim=1), seen.split(AT_ONCE), strict=True):
-            flipped = (signs @ some).abs()
-            hits.append((flipped >= bar).sum(dim=0))
-            largest = torch.maximum(largest, flipped.amax(dim=1))
-        if correction == "max":
-            hits = [len(signs) - torch.searchsorted(largest.sort().values, seen)]
-        count = torch.cat(hits).double()
-        p = count / len(signs) if exact else (count + 1) / (len(signs) + 1)
-        if correction == "holm":
-            p = _holm(p)
-        elif correction == "fdr":
-            p = torch.from_numpy(_needed("scipy.stats", "correction 'fdr'").false_discovery_control(p.numpy()))
-        return p.reshape(self.patched.shape[1:])
+        return sign_flips(self._several("a test"), correction, resamples, seed).reshape(self.patched.shape[1:])
 
     def top(self, k: Integer, by: Ranking = "absolute") -> list[Any]:
         """The k units of the largest mean effect, largest first; of equal ones, the first.
@@ -225,22 +183,15 @@ class Effects:
 
         Raises ValueError for units that differ, fewer than two, or all of the same effect; ImportError without scipy.
         """
-        stats = _needed("scipy.stats", "rank correlations")
         if isinstance(other, Effects) and other._units != self._units:
             raise ValueError(f"both must have the same units: one is {self!r}, the other {other!r}")
-        mine, theirs = self.mean, other.mean if isinstance(other, Effects) else other.detach().cpu().double()
-        if mine.shape != theirs.shape:
-            raise ValueError(f"the other must have shape {list(mine.shape)}, got {list(theirs.shape)}")
-        for means in (mine, theirs):
-            if means.unique().numel() < 2:
-                raise ValueError("a rank correlation needs units whose effects differ")
-        return float(stats.spearmanr(mine.flatten().numpy(), theirs.flatten().numpy()).statistic)
+        return spearman(self.mean, other.mean if isinstance(other, Effects) else other.detach().cpu().double())
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A row for each prompt and unit: prompt, position, layer and head or group, patched, clean, effect, and with a
         reference, reference and normalised. Raises ImportError without pandas.
         """
-        pandas = _needed("pandas", "data frames")
+        pandas = needed("pandas", "data frames")
         n, units = len(self.patched), len(self._units)
         columns: dict[str, Any] = {"prompt": [i for i in range(n) for _ in range(units)]}
         columns |= {name: values * n for name, values in self._unit_columns().items()}
@@ -263,7 +214,7 @@ class Effects:
 
         Raises ValueError for one prompt; ImportError without pandas or scipy.
         """
-        pandas = _needed("pandas", "data frames")
+        pandas = needed("pandas", "data frames")
         low, high = self.interval(level, resamples, seed)
         numbers = {"mean": self.mean, "standard_error": self.standard_error, "low": low, "high": high}
         numbers["p"] = self.p_values(correction, resamples, seed)
@@ -278,7 +229,7 @@ class Effects:
 
         if self.groups is not None:
             raise ValueError("a heat map shows single heads, these effects are of groups of heads")
-        _needed("matplotlib", "heat maps", extra="plots")
+        needed("matplotlib", "heat maps", extra="plots")
         marked = torch.zeros(len(self._units), dtype=torch.bool)
         marked[self._best(top, by) if top else []] = True
         panels = (1 if self.positions is None else len(self.positions), *self.patched.shape[-2:])
@@ -360,41 +311,5 @@ class Effects:
         return keys.sort(descending=True, stable=True).indices[:k].tolist()
 
 
-def _all_signs(n: int) -> Float[Tensor, "flips prompts"]:
-    """The last prompt keeps its sign: turning all of them round changes no absolute mean."""
-    bits = torch.arange(2 ** (n - 1))[:, None] >> torch.arange(n) & 1
-    return 1 - 2 * bits.double()
-
-
-def _drawn_signs(n: int, flips: int, seed: int) -> Float[Tensor, "flips prompts"]:
-    random = torch.Generator().manual_seed(seed)
-    return 1 - 2 * torch.randint(2, (flips, n), generator=random).double()
-
-
-def _holm(p: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
-    """Holm, A simple sequentially rejective multiple test procedure (1979)."""
-    ordered, order = p.sort()
-    adjusted = (ordered * torch.arange(len(p), 0, -1)).cummax(dim=0).values.clamp(max=1)
-    return torch.empty_like(p).scatter_(0, order, adjusted)
-
-
-def _mean(x: Any, axis: int) -> Any:
-    return x.mean(axis=axis)
-
-
 def _flat(x: Tensor) -> Any:
     return x.detach().cpu().flatten().numpy()
-
-
-def _read_resamples(resamples: Integer) -> int:
-    if (found := read_int(resamples, "resamples", None)) < 1:
-        raise ValueError(f"resamples must be at least 1, got {found}")
-    return found
-
-
-def _needed(module: str, what: str, extra: str = "stats") -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        raise ImportError(f"{what} need {package}: pip install 'headpatch[{extra}]'") from error

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from engine.core.patches import check_model, read_heads
+from engine.core.reading import check_model, read_heads
 from models import Model
+from models.reading import read_tensor
 from models.shapes import Bool, Integer
+
+Groups: TypeAlias = Mapping[str, Tensor | np.ndarray] | Literal["heads", "layers"]
 
 
 def layers(model: Model) -> dict[str, Bool[Tensor, "layers heads"]]:
@@ -47,3 +52,21 @@ def _mask(model: Model, heads: Sequence[Sequence[Integer]]) -> Bool[Tensor, "lay
     """Raises IndexError or TypeError for what is no head of the model."""
     check_model(model)
     return read_heads(model.shape, list(heads))[0]
+
+
+def read_groups(model: Model, groups: Groups) -> tuple[Bool[Tensor, "units layers heads"], list[str] | None]:
+    """The masks, in order, and their names; single heads have none."""
+    shape = (model.shape.n_layers, model.shape.n_heads)
+    if isinstance(groups, str) and groups == "heads":
+        return torch.eye(shape[0] * shape[1], dtype=torch.bool).unflatten(1, shape), None
+    if isinstance(groups, str) and groups == "layers":
+        groups = layers(model)
+    if not isinstance(groups, Mapping):
+        raise ValueError(f"groups must be 'heads', 'layers' or masks by name, got {groups!r:.80}")
+    masks = {name: read_tensor(mask, f"group {name!r}") for name, mask in groups.items()}
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+            raise ValueError(f"group {name!r} must be a bool mask {list(shape)}, got {mask!r:.80}")
+    if not groups:
+        raise ValueError("no groups were given")
+    return torch.stack(list(masks.values())).cpu(), list(masks)

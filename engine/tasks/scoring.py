@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from engine.core.patches import Heads, Steering, Values, check_model
+from engine.core.patches import Heads, One, Values
 from engine.core.patching import patch
 from engine.core.prefix import Prefix, as_prefix
+from engine.core.reading import check_model
 from models import Model, Prompt, PromptLike, UnsupportedModelError
 from models.reading import as_int, read_list, read_tensor, tokenise
 from models.shapes import Bool, Float, Integer
@@ -196,12 +197,12 @@ def first_token_losses(
 def first_token_hits(
     model: Model,
     examples: Sequence[ExampleLike],
+    patches: One | Sequence[One] | None = None,
     *,
     heads: Heads = None,
     values: Values = None,
-    steering: Steering | None = None,
 ) -> Bool[Tensor, "examples rows"]:
-    """Whether the likeliest next token is the first token of the answer, for every example and row of heads.
+    """Whether the likeliest next token is the first token of the answer, for every example and row.
 
     >>> engine.tasks.first_token_hits(model, [Example("Q: hot\\nA: cold\\n\\nQ: big\\nA:", " small")]).tolist()
     [[True]]
@@ -211,7 +212,7 @@ def first_token_hits(
     hits = []
     for start in range(0, len(examples), AT_ONCE):
         some = slice(start, start + AT_ONCE)
-        logits = patch(model, [e.prompt for e in examples[some]], heads=heads, values=values, steering=steering)
+        logits = patch(model, [e.prompt for e in examples[some]], patches, heads=heads, values=values)
         target = torch.tensor(targets[some], device=logits.device)
         hits.append(logits.argmax(dim=-1) == target[:, None])
     return torch.cat(hits).cpu()

@@ -58,9 +58,9 @@ def test_other_verbs_on_a_model_that_returns_tuples(draw):
     model, tuples = wrap(), wrap()
     tuples.hf.config.return_dict = False
     heads, values = draw(model, rows=2)
-    steering = engine.Steering(torch.arange(48.0) / 48, 1)
+    steered = engine.Patch("resid_post", [1], torch.arange(48.0) / 48, mode="add")
     torch.testing.assert_close(engine.capture(tuples, [PROMPT]), engine.capture(model, [PROMPT]))
-    found, want = (engine.patch(m, PROMPT, steering=steering) for m in (tuples, model))
+    found, want = (engine.patch(m, PROMPT, steered) for m in (tuples, model))
     torch.testing.assert_close(found, want)
     answers = [engine.generate(m, PROMPT, heads=heads, values=values) for m in (tuples, model)]
     assert answers[0] == answers[1]

@@ -11,6 +11,7 @@ import models
 from models import Encoded, Segment, zoo
 from models.calls import Passing
 from tests.conftest import FAMILIES, PACKED
+from tests.edits import on_z
 
 IDS = torch.tensor([5, 40, 2, 77, 31, 8, 8, 60, 13, 22, 9])
 
@@ -69,12 +70,12 @@ def test_edit_sees_what_the_projection_is_given(tiny, family):
     want = raw_z(model.hf, IDS[None], model.shape.n_heads)
     kept = []
     with torch.no_grad():
-        model.forward(IDS[None], keep_into(kept))
+        model.forward(IDS[None], on_z(model, keep_into(kept)))
     assert (torch.stack(kept, dim=2)[0] - want).abs().max() <= 1e-5
     if family in PACKED:
         kept.clear()
         with torch.no_grad():
-            model.pack([models.Segment(IDS[:-3], IDS[None, -3:])], keep_into(kept))
+            model.pack([models.Segment(IDS[:-3], IDS[None, -3:])], on_z(model, keep_into(kept)))
         assert (torch.stack(kept, dim=2)[0] - want[-3:]).abs().max() <= 1e-5
 
 
@@ -129,9 +130,9 @@ def test_left_as_found(family, training, error):
             raise error("stop")
         return z
 
-    calls = [lambda: model.forward(IDS[None], edit)]
+    calls = [lambda: model.forward(IDS[None], on_z(model, edit))]
     if family in PACKED:
-        calls.append(lambda: model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edit))
+        calls.append(lambda: model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], on_z(model, edit)))
     for call in calls:
         seen.clear()
         with torch.no_grad():
@@ -226,7 +227,8 @@ def test_two_models_interleaved(tiny, draw):
 
     with torch.no_grad():
         plain = first.pack([models.Segment(IDS[:-1], IDS[None, -1:])]).logits
-        assert torch.equal(first.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edit).logits, plain)
+        edits = on_z(first, edit)
+        assert torch.equal(first.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edits).logits, plain)
     assert len(inner) == 3
     assert all(torch.equal(got, other_want) for got in inner)
     assert torch.equal(engine.patch(first, IDS, heads=heads, values=values), want)

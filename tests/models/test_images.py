@@ -12,6 +12,7 @@ from bench.families import requests, wrapped
 from models import Prompt, tiny
 from models.calls import Passing
 from models.images import fit, image_marker
+from tests.edits import on_z
 
 SHARING = [family for family in tiny.IMAGE_TEXT if family not in ("paligemma", "mllama")]
 
@@ -122,9 +123,8 @@ def test_other_verbs(seeing, draw, family):
     heads, values = draw(model, rows=2)
     prompt = Prompt("<image> what is this?\nA:", (picture(),))
     kept = []
-    model.forward(
-        model.read(prompt).ids[None], lambda _, z: kept.append(z[0, -1]) or z, inputs=model.read(prompt).inputs
-    )
+    edits = on_z(model, lambda _, z: kept.append(z[0, -1]) or z)
+    model.forward(model.read(prompt).ids[None], edits, inputs=model.read(prompt).inputs)
     z = engine.capture(model, [prompt, prompt])
     torch.testing.assert_close(z[0], torch.stack(kept).detach(), atol=1e-5, rtol=0)
     means = engine.mean_activations(model, [prompt, prompt], progress=False)

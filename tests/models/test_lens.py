@@ -12,6 +12,7 @@ from models import dense, lens
 from models.huggingface import HuggingFace
 from models.packed import Layout
 from models.tiny import IMAGE_TEXT, TEXT, image_marker, tiny, tiny_processor, tiny_tokenizer
+from tests.edits import on_z
 
 pytest.importorskip("transformer_lens")
 
@@ -167,10 +168,10 @@ def test_edit_sees_hook_z(both):
     with torch.no_grad():
         _, cache = model.bridge.run_with_cache(ids[None])
         want = torch.stack([cache[f"blocks.{layer}.attn.hook_z"] for layer in range(3)])
-        model.forward(ids[None], edit)
+        model.forward(ids[None], on_z(model, edit))
         exact(torch.stack(seen), want)
         seen.clear()
-        model.pack([models.Segment(ids[:4], ids[None, 4:])], edit)
+        model.pack([models.Segment(ids[:4], ids[None, 4:])], on_z(model, edit))
         exact(torch.stack(seen), want[:, :, 4:])
 
 
@@ -188,8 +189,8 @@ def test_left_as_found(both, error):
 
     before, present = model.forward(ids[None]).detach(), hooks(model.bridge)
     for call in (
-        lambda: model.forward(ids[None], edit),
-        lambda: model.pack([models.Segment(ids[:3], ids[None, 3:])], edit),
+        lambda: model.forward(ids[None], on_z(model, edit)),
+        lambda: model.pack([models.Segment(ids[:3], ids[None, 3:])], on_z(model, edit)),
     ):
         with pytest.raises(error, match="stop"):
             call()
@@ -207,7 +208,8 @@ def test_given_model_is_untouched(random):
     config = hf.config.to_dict()
     with torch.no_grad():
         want = hf(ids).logits
-        lens.from_huggingface(hf, tokenizer).forward(ids, lambda layer, z: z + 1)
+        model = lens.from_huggingface(hf, tokenizer)
+        model.forward(ids, on_z(model, lambda layer, z: z + 1))
         assert torch.equal(hf(ids).logits, want)
     assert modules == [(name, type(module)) for name, module in hf.named_modules()]
     assert all(torch.equal(parameter, weights[name]) for name, parameter in hf.named_parameters())

@@ -13,6 +13,7 @@ import engine
 import models
 from models import tiny as tiny_models
 from models.nnsight_backend import LEFT, NNsightBackend, from_huggingface, is_nnsight
+from tests.edits import on_z
 
 nnsight = pytest.importorskip("nnsight")
 
@@ -139,9 +140,9 @@ def test_left_as_found_after_an_error(pair, draw, family, error):
             raise error("stop")
         return z + 1
 
-    calls = [lambda: model.forward(IDS[None], edit)]
+    calls = [lambda: model.forward(IDS[None], on_z(model, edit))]
     if not model.rules().packed:
-        calls.append(lambda: model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edit))
+        calls.append(lambda: model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], on_z(model, edit)))
     for training in (True, False):
         model.hf.train(training)
         before = state(model.hf)
@@ -267,8 +268,9 @@ def test_edit_runs_with_the_callers_context(pair, draw):
         return z
 
     with torch.no_grad():
-        close(model.forward(IDS[None], edit), plain.forward(IDS[None]))
-        close(model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edit).logits[0], plain.forward(IDS[None]))
+        edits = on_z(model, edit)
+        close(model.forward(IDS[None], edits), plain.forward(IDS[None]))
+        close(model.pack([models.Segment(IDS[:-1], IDS[None, -1:])], edits).logits[0], plain.forward(IDS[None]))
     variable.reset(token)
     assert calls == [(3, False)] * 6
 

@@ -25,6 +25,7 @@ import models
 from engine import Example
 from engine.core.planning import Strategy
 from models import sharding, tiny, zoo
+from tests.edits import on_z
 
 ROOT = Path(conftest.__file__).parents[1]
 RANKS = 2
@@ -229,7 +230,7 @@ def check_linear_layers(root):
 
     before, during = forwards(), []
     with torch.no_grad():
-        model.forward(model.encode(TEXT)[None], lambda layer, z: during.append(forwards()) or z)
+        model.forward(model.encode(TEXT)[None], on_z(model, lambda layer, z: during.append(forwards()) or z))
     assert during == [before] * 3
     assert forwards() == before
 

@@ -1,4 +1,4 @@
-"""The edit itself: heads of z replaced, or added to, row by row. Three implementations, one meaning."""
+"""The edit itself: heads of z (units of any site) replaced, added to or scaled, row by row. Three ways, one meaning."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def edit_heads(
     z: Float[Tensor, "rows tokens heads head_dim"],
     mask: Bool[Tensor, "rows heads"],
-    values: Float[Tensor, "shared_or_rows heads head_dim"],
+    values: Float[Tensor, "shared_or_rows *shared_or_tokens heads head_dim"],
     mode: Mode,
     impl: Impl = "auto",
 ) -> Float[Tensor, "rows tokens heads head_dim"]:
-    """z[r, t, h] = values[r, h] where mask[r, h] ("replace"), or z[r, t, h] + values[r, h] ("add").
+    """z[r, t, h] = values[r, t, h] where mask[r, h] ("replace"), or z + values ("add"), or z * values ("scale").
 
     z:      of any strides; written to, and returned. Where gradients are recorded a new tensor is returned instead.
-    values: one set for all rows, or one a row; of z's dtype, in which the sum is taken.
+    values: one set for all rows, or one a row; for all tokens, or one a token; of z's dtype, in which it is computed.
     impl:   "reference" (plain loops), "torch" (one `torch.where`) or "triton" (a kernel that reads nothing it does not
             change; GPUs, no gradients, no float64) are used as named, or refused. Default "auto": triton wherever it
             runs, else torch.
@@ -38,7 +38,8 @@ def edit_heads(
     >>> edit_heads(z, torch.tensor([[True, False]]), torch.ones(1, 2, 1), "replace").flatten()
     tensor([1., 0.])
     """
-    _check(z, mask, values, mode, impl)
+    shape, values = list(values.shape), values[:, None] if values.ndim == 3 else values
+    _check(z, mask, values, mode, impl, shape)
     recorded = torch.is_grad_enabled() and (z.requires_grad or values.requires_grad)
     if impl == "auto":
         runs = z.is_cuda and not recorded and z.dtype in TRITON_DTYPES and _triton_runs(z.device)
@@ -60,19 +61,19 @@ def edit_heads(
     return triton_edit.edit_heads(z, mask, values, mode)
 
 
-def _check(z: Tensor, mask: Tensor, values: Tensor, mode: str, impl: str) -> None:
+def _check(z: Tensor, mask: Tensor, values: Tensor, mode: str, impl: str, given: list[int]) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
     if z.ndim != 4:
         raise ValueError(f"z must have shape [rows, tokens, heads, head_dim], got {list(z.shape)}")
-    rows, _, heads, head_dim = z.shape
+    rows, tokens, heads, head_dim = z.shape
     if mask.shape != (rows, heads):
         raise ValueError(f"mask must have shape {[rows, heads]}, got {list(mask.shape)}")
-    if values.shape not in ((1, heads, head_dim), (rows, heads, head_dim)):
-        expected = f"{[1, heads, head_dim]} or {[rows, heads, head_dim]}"
-        raise ValueError(f"values must have shape {expected}, got {list(values.shape)}")
+    if values.shape[2:] != (heads, head_dim) or len(values) not in (1, rows) or values.shape[1] not in (1, tokens):
+        expected = f"{[1, heads, head_dim]} or {[rows, heads, head_dim]}, or with an axis of {tokens} tokens after rows"
+        raise ValueError(f"values must have shape {expected}, got {given}")
     if not z.is_floating_point() or mask.dtype != torch.bool or values.dtype != z.dtype:
         raise TypeError(
             "expected z and values of one floating-point dtype and a bool mask, "
@@ -93,7 +94,7 @@ def _triton_runs(device: torch.device) -> bool:
         return False
     one = torch.zeros(1, 1, 1, 1, device=device)
     try:
-        triton_edit.edit_heads(one, one[0, 0] == 0, one[0], "replace")
+        triton_edit.edit_heads(one, one[0, 0] == 0, one, "replace")
     except Exception as error:  # a GPU that Triton does not know, or no C compiler for its launcher
         warnings.warn(f"Triton does not run on {device}, torch edits the heads instead: {error}", stacklevel=3)
         return False

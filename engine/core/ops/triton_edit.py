@@ -1,7 +1,8 @@
 """The edit as a Triton kernel. For each row r and head h with mask[r, h], and each token t and dimension d:
 
-    z[r, t, h, d] = values[r, h, d]                      "replace"
-    z[r, t, h, d] = z[r, t, h, d] + values[r, h, d]      "add", rounded once to z's dtype
+    z[r, t, h, d] = values[r, t, h, d]                      "replace"
+    z[r, t, h, d] = z[r, t, h, d] + values[r, t, h, d]      "add", rounded once to z's dtype
+    z[r, t, h, d] = z[r, t, h, d] * values[r, t, h, d]      "scale", likewise
 
 It reads nothing it does not change: a program whose head is off ends at its mask, "replace" never loads z.
 
@@ -27,7 +28,7 @@ TILE = 1024  # elements of z a program holds: one warp's registers hold them all
 def edit_heads(
     z: Float[Tensor, "rows tokens heads head_dim"],
     mask: Bool[Tensor, "rows heads"],
-    values: Float[Tensor, "shared_or_rows heads head_dim"],
+    values: Float[Tensor, "shared_or_rows shared_or_tokens heads head_dim"],
     mode: Mode,
 ) -> Float[Tensor, "rows tokens heads head_dim"]:
     """Writes to z; a program for each row and head, over a few tokens at a time."""
@@ -47,8 +48,10 @@ def edit_heads(
             *z.stride(),
             *mask.stride(),
             values.stride(0) if len(values) > 1 else 0,
-            *values.stride()[1:],
+            values.stride(1) if values.shape[1] > 1 else 0,
+            *values.stride()[2:],
             ADD=mode == "add",
+            SCALE=mode == "scale",
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             num_warps=1,
@@ -72,9 +75,11 @@ def _edit_heads(
     mask_row,
     mask_head,
     values_row,
+    values_token,
     values_head,
     values_dim,
     ADD: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -87,8 +92,11 @@ def _edit_heads(
     d = tl.arange(0, BLOCK_D).to(tl.int64)[None, :]
     inside = (t < n_tokens) & (d < head_dim)  # [BLOCK_T, BLOCK_D]
     here = z + r * z_row + t * z_token + h * z_head + d * z_dim
-    new = tl.load(values + r * values_row + h * values_head + d * values_dim, mask=d < head_dim)  # [1, BLOCK_D]
+    there = values + r * values_row + t * values_token + h * values_head + d * values_dim
+    new = tl.load(there, mask=inside)  # [BLOCK_T, BLOCK_D]
+    # In float32, as torch computes half precision: a sum or product of two, rounded twice, is as if rounded once.
     if ADD:
-        # In float32, as torch adds half precision: the sum of two of them, rounded twice, is as if rounded once.
         new = tl.load(here, mask=inside).to(tl.float32) + new.to(tl.float32)
-    tl.store(here, tl.broadcast_to(new, BLOCK_T, BLOCK_D).to(z.dtype.element_ty), mask=inside)
+    if SCALE:
+        new = tl.load(here, mask=inside).to(tl.float32) * new.to(tl.float32)
+    tl.store(here, new.to(z.dtype.element_ty), mask=inside)

@@ -103,13 +103,12 @@ def test_models(what):
 
 
 def test_steering_without_blocks(model):
-    vector = engine.Steering(torch.zeros(model.shape.d_model), 1)
     paths = ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "model.layers.2.self_attn.o_proj"]
     found = models.wrap(model.hf, projections=paths)
     body = found.body
     object.__setattr__(body, "blocks", [])
     with refused(found, models.UnsupportedModelError, "blocks"):
-        engine.start(found, IDS, steering=vector)
+        engine.start(found, IDS, engine.Patch("resid_post", [1], torch.zeros(model.shape.d_model), mode="add"))
 
 
 @pytest.mark.parametrize(("copies", "options", "right"), [(1, dict(num_beams=3), "copies=3"), (2, {}, "copies=1")])

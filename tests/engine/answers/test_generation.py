@@ -8,6 +8,7 @@ import models
 from models import zoo
 from models.calls import Passing
 from tests.conftest import FAMILIES, KINDS, PACKED
+from tests.edits import after, on_z
 
 TEXTS = ["Q: hot\nA:", "a", "Q: big\nA: small\n\nQ: up\nA:"]
 ENDINGS = [(kind, "auto") for kind in KINDS] + [("llama", "expanded"), ("llama", "naive")]
@@ -123,7 +124,7 @@ def test_activations_of_generated_tokens(tiny, draw, family):
                 seen.append(z[0, at].clone())
                 return z
 
-            model.forward(torch.tensor(prompt)[None], look)
+            model.forward(torch.tensor(prompt)[None], on_z(model, look))
             assert answer.z.shape == (len(answer.tokens) + 1, *values.shape)
             assert (answer.z - torch.stack(seen, dim=1)).abs().max() <= 1e-5
 
@@ -131,13 +132,13 @@ def test_activations_of_generated_tokens(tiny, draw, family):
 def test_steered_at_some_tokens_only(tiny, random):
     """Steering obeys `patched` as heads do: against a model steered by hand at the prompt's last token."""
     model = tiny("llama")
-    steering = engine.Steering(4 * torch.randn(model.shape.d_model, generator=random), 1)
-    first = engine.patch(model, TEXTS[0], steering=steering)[0].argmax()
+    vector = 4 * torch.randn(model.shape.d_model, generator=random)
+    first = engine.patch(model, TEXTS[0], after(model, vector, 1))[0].argmax()
     ids = torch.cat([model.encode(TEXTS[0]), first[None]])
-    second = engine.naive.patch(model, ids, steering=steering, positions=-2)[0].argmax()
-    both = engine.naive.patch(model, ids, steering=steering, positions=[-2, -1])[0].argmax()
+    second = engine.naive.patch(model, ids, after(model, vector, 1, -2))[0].argmax()
+    both = engine.naive.patch(model, ids, after(model, vector, 1, [-2, -1]))[0].argmax()
     for patched, want in (("prompt", second), ("all", both)):
-        got = engine.generate(model, TEXTS[0], steering=steering, patched=patched, max_new_tokens=2)
+        got = engine.generate(model, TEXTS[0], after(model, vector, 1), patched=patched, max_new_tokens=2)
         assert got == model.decode(torch.stack([first, want]))
 
 

@@ -16,6 +16,7 @@ from bench.families import requests as asked_of
 from bench.families import wrapped
 from models import tiny as families
 from models.calls import Passing, current
+from tests.edits import after
 
 IDS = list(range(1, 25))  # longer than every window
 GREEDY = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -126,14 +127,14 @@ def test_equals_plain_forwards(tiny, draw, random, family, patched):
     model = tiny(family)
     heads, values = draw(model, rows=3, per_row=True)
     values, vector, layers = 3 * values, 5 * torch.randn(model.shape.d_model, generator=random), [0, None, 2]
-    steered = engine.Steering(vector, layers)
-    for mode, steering in (("replace", None), ("add", None), ("replace", steered)):
-        options = dict(heads=heads, values=values, mode=mode, steering=steering)
+    added = after(model, vector, layers)
+    for mode, steered in (("replace", None), ("add", None), ("replace", added)):
+        options = dict(patches=steered, heads=heads, values=values, mode=mode)
         given = list(patched) if isinstance(patched, tuple) else patched
         start = engine.start(model, IDS, patched=given, **options)
         got = handed(model, start, max_new_tokens=6).tolist()
-        after = layers if steering else [None] * 3
-        rows = [(heads[r], values[r], STEPS[patched], mode, vector, after[r]) for r in range(3)]
+        at = layers if steered else [None] * 3
+        rows = [(heads[r], values[r], STEPS[patched], mode, vector, at[r]) for r in range(3)]
         assert got == [by_hand(family, model.hf, IDS, *row) for row in rows]
 
 
@@ -188,10 +189,9 @@ def test_other_backends(family, backend):
     plain, model = wrapped(family), wrapped(family, torch.float32, backend)
     asked = next(asked_of(plain))
     options = dict(heads=asked["heads"], values=3 * asked["values"], patched="all")
-    steering = engine.Steering(torch.ones(plain.shape.d_model), [0, None, 2, 1])
-    for steered in (None, steering):
+    for steered in (None, after(plain, torch.ones(plain.shape.d_model), [0, None, 2, 1])):
         want, got = (
-            handed(one, engine.start(one, asked["prompt"], steering=steered, **options), max_new_tokens=6)
+            handed(one, engine.start(one, asked["prompt"], steered, **options), max_new_tokens=6)
             for one in (plain, model)
         )
         assert torch.equal(got, want)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import engine
-from engine import Example, Steering, tasks
+from engine import Example, Patch, tasks
 from engine.methods import sav
+from tests.edits import after
 
 INTEGERS = [np.int64, np.uint8, torch.tensor, np.array]
 integers = pytest.mark.parametrize("of", INTEGERS, ids=["int64", "uint8", "torch", "0-d array"])
@@ -155,15 +156,20 @@ def test_pairs_of_heads(model, given):
 @sequences
 def test_steering(model, patch, of):
     vector = torch.arange(48.0)
-    want = patch(model, IDS, steering=Steering(vector, [0, 2]))
-    assert torch.equal(patch(model, IDS, steering=Steering(vector.numpy(), of([0, 2]))), want)
-    assert torch.equal(patch(model, IDS, steering=Steering(vector, [np.int64(0), torch.tensor(2)])), want)
-    some = patch(model, IDS, steering=Steering(vector, [np.int64(0), None]))
-    assert torch.equal(some, patch(model, IDS, steering=Steering(vector, [0, None])))
+    want = patch(model, IDS, Patch("resid_post", [0, 2], vector, mode="add"))
+    assert torch.equal(patch(model, IDS, Patch("resid_post", of([0, 2]), vector.numpy(), mode="add")), want)
+    assert torch.equal(patch(model, IDS, Patch("resid_post", [np.int64(0), torch.tensor(2)], vector, mode="add")), want)
+    units = torch.tensor([[True, False, True]])
+    for same in (units, units.numpy(), units[..., None], units[0, :, None].numpy(), [(0, 0), (np.int64(2), 0)]):
+        assert torch.equal(patch(model, IDS, [Patch("resid_post", same, vector, mode="add")]), want)
+    each = after(model, vector, [0, 2, None])
+    some = patch(model, IDS, each)
+    assert torch.equal(patch(model, IDS, Patch("resid_post", each.units.numpy(), vector.numpy(), mode="add")), some)
+    torch.testing.assert_close(some[0], patch(model, IDS, Patch("resid_post", [0], vector, mode="add"))[0])
+    torch.testing.assert_close(some[2], patch(model, IDS)[0])
     function = engine.fv.FunctionVector(vector, [])
-    assert torch.equal(
-        patch(model, IDS, steering=function.after(np.int64(1))), patch(model, IDS, steering=function.after(1))
-    )
+    assert torch.equal(patch(model, IDS, function.after(np.int64(1))), patch(model, IDS, function.after(1)))
+    assert torch.equal(patch(model, IDS, function.after(1)), patch(model, IDS, after(model, vector, 1)))
 
 
 @integers

@@ -8,7 +8,7 @@ import torch
 
 import engine
 import models
-from engine import Example, Steering, tasks
+from engine import Example, Patch, tasks
 from engine.methods import sav
 from models import zoo
 from tests.refusal import MASK, VALUES, refused
@@ -134,7 +134,9 @@ GREAT = {torch.float16: (1e5, "65504", "1e+05"), torch.bfloat16: (3.4e38, "3.389
 
 @pytest.fixture(scope="module", params=GREAT, ids=str)
 def half(request):
-    return models.wrap(zoo.tiny("llama").to(request.param), zoo.tiny_tokenizer(), name=f"tiny-{request.param}")
+    made = models.wrap(zoo.tiny("llama").to(request.param), zoo.tiny_tokenizer(), name=f"tiny-{request.param}")
+    made.site("resid_post")  # found by a forward
+    return made
 
 
 VALUED = {
@@ -158,12 +160,21 @@ VALUED = {
 valued = pytest.mark.parametrize("verb", VALUED.values(), ids=VALUED)
 
 STEERED = {
-    "patch": lambda model, steering: engine.patch(model, "abc", steering=steering),
-    "naive": lambda model, steering: engine.naive.patch(model, "abc", steering=steering),
-    "generate": lambda model, steering: engine.generate(model, "abc", steering=steering),
-    "hits": lambda model, steering: tasks.first_token_hits(model, EXAMPLES, steering=steering),
+    "patch": lambda model, patches: engine.patch(model, "abc", patches),
+    "naive": lambda model, patches: engine.naive.patch(model, "abc", patches),
+    "generate": lambda model, patches: engine.generate(model, "abc", patches),
+    "hits": lambda model, patches: tasks.first_token_hits(model, EXAMPLES, patches),
+    "start": lambda model, patches: engine.start(model, "abc", patches),
+    "plan": lambda model, patches: engine.plan(model, "abc", patches),
+    "capture": lambda model, patches: engine.capture(model, PROMPTS, patches=patches),
+    "rowstep": lambda model, patches: engine.RowStep(model, rows=1, context=8)("abc", patches),
 }
 steered = pytest.mark.parametrize("verb", STEERED.values(), ids=STEERED)
+
+
+def added(vector, layers):
+    """To the residual stream, after these layers."""
+    return Patch("resid_post", layers, vector, mode="add")
 
 
 @valued
@@ -190,8 +201,10 @@ def test_float64_values_beyond_float32(model):
 @steered
 def test_steering_beyond_the_dtype(half, verb):
     number, most, largest = GREAT[half.dtype]
-    with refused(half, ValueError, "the steering vector must be finite in", str(half.dtype), most, largest):
-        verb(half, Steering(torch.full((48,), number), 1))
+    with refused(half, ValueError, "values of resid_post must be finite in", str(half.dtype), most, largest):
+        verb(half, added(torch.full((48,), number), [1]))
+    with refused(half, ValueError, "values of resid_post must be finite in", str(half.dtype), most, largest):
+        verb(half, added(number, [1]))
 
 
 NO_VALUES = {
@@ -210,12 +223,17 @@ def test_values_without_values(model, verb, without, said):
 
 @without_values
 def test_other_tensors_without_values(model, without, said):
+    model.site("scores")  # found by a forward
     ids = torch.tensor([5, 6, 7])
     for verb in (engine.patch, engine.naive.patch, engine.generate):
         with refused(model, TypeError, "heads must be a dense tensor with values", said):
             verb(model, "abc", heads=without(MASK), values=VALUES)
-        with refused(model, TypeError, "a steering vector must be a dense tensor", said):
-            verb(model, "abc", steering=Steering(without(VECTOR), 1))
+        with refused(model, TypeError, "values of resid_post must be a dense tensor", said):
+            verb(model, "abc", added(without(VECTOR), [1]))
+        with refused(model, TypeError, "units of resid_post must be a dense tensor", said):
+            verb(model, "abc", added(VECTOR, without(torch.ones(2, 3, dtype=torch.bool))))
+        with refused(model, TypeError, "keys must be a dense tensor", said):
+            verb(model, "abc", engine.Knockout(None, without(ids)))
         for prompt in (without(ids), [[5, 6], without(ids)]):
             with refused(model, TypeError, "token ids must be a dense tensor", said):
                 verb(model, prompt)
@@ -299,23 +317,59 @@ def test_positions_that_are_no_integers(model, positions):
         engine.patch(model, "abc", heads=MASK, values=VALUES, positions=positions)
 
 
-@pytest.mark.parametrize("layers", [True, [0, True], 1.0, np.array([0.0, 1.0]), "1", [np.int64(3), 0]], ids=repr)
-def test_steering_layers_that_are_none(model, layers):
-    with refused(model, IndexError, "steering layer", "out of range", "0..2"):
-        engine.patch(model, "abc", heads=MASK, values=VALUES, steering=Steering(VECTOR, layers))
-
-
-@pytest.mark.parametrize("layers", [None, [], np.array([], dtype=int)], ids=repr)
-def test_no_steering_layers(model, layers):
-    with refused(model, TypeError, "steering layers must be an int, or a list of one a row"):
-        engine.patch(model, "abc", steering=Steering(VECTOR, layers))
+BAD_LAYERS = {
+    "bool": (True, TypeError, ("a bool mask or a list of layers", "True")),
+    "one bool": ([0, True], TypeError, ("a bool mask or a list of layers", "True in the list")),
+    "fraction": (1.0, TypeError, ("a bool mask or a list of layers", "1.0")),
+    "fractions": (np.array([0.0, 1.0]), TypeError, ("a bool mask or a list of layers", "torch.float64")),
+    "text": ("1", TypeError, ("a bool mask or a list of layers", "'1'")),
+    "text in list": ([0, "1"], TypeError, ("a bool mask or a list of layers", "'1' in the list")),
+    "none": (None, TypeError, ("a bool mask or a list of layers", "None")),
+    "none in list": ([0, None], TypeError, ("a bool mask or a list of layers", "None in the list")),
+    "too high": ([np.int64(3), 0], IndexError, ("layer 3", "out of range", "0..2")),
+    "far too high": ([99], IndexError, ("layer 99", "out of range", "0..2")),
+    "negative": ([-1], IndexError, ("layer -1", "out of range", "0..2")),
+}
 
 
 @steered
-@pytest.mark.parametrize("steering", [engine.fv.FunctionVector(VECTOR, []), VECTOR, 5], ids=["function", "vector", "5"])
-def test_what_is_no_steering(model, verb, steering):
-    with refused(model, TypeError, "steering must be an engine.Steering", type(steering).__name__):
-        verb(model, steering)
+@pytest.mark.parametrize(("layers", "error", "words"), BAD_LAYERS.values(), ids=BAD_LAYERS)
+def test_layers_that_are_none(model, verb, layers, error, words):
+    with refused(model, error, *words):
+        verb(model, added(VECTOR, layers))
+
+
+def test_one_mask_a_row(model):
+    two = torch.ones(2, 3, dtype=torch.bool)
+    for verb in (engine.patch, engine.naive.patch, engine.generate):
+        with refused(model, ValueError, "equally many rows", "2 of resid_post", "3 of z"):
+            verb(model, "abc", added(VECTOR, two), heads=MASK[:1].repeat(3, 1, 1), values=VALUES)
+
+
+VECTORS = {
+    "longer": (torch.zeros(49), ValueError, ("values of resid_post must have shape", "48]", "got [49]")),
+    "integers": (VECTOR.long(), TypeError, ("values of resid_post must be a floating-point tensor", "torch.int64")),
+    "list": ([0.0] * 48, TypeError, ("values of resid_post must be a floating-point tensor", "list")),
+    "nan": (torch.full((48,), torch.nan), ValueError, ("values of resid_post must be finite", "NaN")),
+    "missing": (None, ValueError, ("resid_post is to be patched but no values were given", "[3, 1, 48]")),
+}
+
+
+@steered
+@pytest.mark.parametrize(("vector", "error", "words"), VECTORS.values(), ids=VECTORS)
+def test_vectors(model, verb, vector, error, words):
+    with refused(model, error, *words):
+        verb(model, added(vector, [0]))
+
+
+@steered
+@pytest.mark.parametrize("patches", [engine.fv.FunctionVector(VECTOR, []), VECTOR, 5], ids=["function", "vector", "5"])
+def test_what_is_no_patch(model, verb, patches):
+    said = "patches must be engine.Patch, engine.Knockout or engine.Edit, got"
+    with refused(model, TypeError, said, type(patches).__name__):
+        verb(model, patches)
+    with refused(model, TypeError, said, type(patches).__name__):
+        verb(model, [added(VECTOR, [1]), patches])
 
 
 @pytest.mark.parametrize("prompt", [[5, True], [True, False], (True, 5), [5, torch.tensor(True)]], ids=repr)

@@ -81,7 +81,7 @@ def test_compared_once_a_model_and_length(draw, monkeypatch):
     compared = []
     compare = checking._compare
     monkeypatch.setattr(
-        checking, "_compare", lambda m, probes, way, can: (compared.append(way), compare(m, probes, way, can))[1]
+        checking, "_compare", lambda m, probes, way, *rest: (compared.append(way), compare(m, probes, way, *rest))[1]
     )
     model = wrapped("llama")
     heads, values = draw(model)
@@ -138,7 +138,9 @@ def test_any_request_agrees_with_naive(data):
     heads = torch.rand(rows, shape.n_layers, shape.n_heads, generator=random) < data.draw(st.floats(0, 1))
     lead = (rows,) if data.draw(st.booleans()) else ()
     values = torch.randn(*lead, shape.n_layers, shape.n_heads, shape.head_dim, generator=random)
-    options = dict(heads=heads, values=values, positions=positions, mode=data.draw(st.sampled_from(["replace", "add"])))
+    options = dict(
+        heads=heads, values=values, positions=positions, mode=data.draw(st.sampled_from(["replace", "add", "scale"]))
+    )
     strategy = data.draw(st.sampled_from(["auto", "packed", "expanded", "batch"]))
     got = engine.patch(model, prompts, strategy=strategy, **options)
     torch.testing.assert_close(got, engine.naive.patch(model, prompts, **options), atol=2e-5, rtol=0)

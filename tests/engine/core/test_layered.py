@@ -7,6 +7,7 @@ import engine
 import models
 from engine.core import capabilities, checking
 from engine.core.patching import decide, request
+from engine.core.reading import read_patches
 from models import UnsupportedModelError, zoo
 from models.calls import Passing
 
@@ -88,8 +89,8 @@ def test_auto_takes_it_where_it_saves(model, random):
     late[:, -1, 0] = True
     prompt = engine.core.prefix.as_prefix(model, list(range(20)))
     values = torch.zeros(model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
-    entries = [engine.Patch(heads, values, (-1,), "replace").first_layers() for heads in (late, torch.ones_like(late))]
-    chosen = [decide(model, [prompt], [request(prompt, 50, [19], entry)], "auto") for entry in entries]
+    patches = [read_patches(model, heads=heads, values=values) for heads in (late, torch.ones_like(late))]
+    chosen = [decide(model, [prompt], [request(prompt, patch, [19])], "auto") for patch in patches]
     assert [plan[0].strategy for plan in chosen] == ["layered", "packed"]
     assert chosen[0][0].n_computed < chosen[1][0].n_computed
 
@@ -111,7 +112,7 @@ def test_a_model_on_which_it_is_wrong(random, draw, monkeypatch):
     model = models.wrap(zoo.tiny("llama"))
     compare = checking._compare
     monkeypatch.setattr(
-        checking, "_compare", lambda m, p, way, can: "so" if way == "layered" else compare(m, p, way, can)
+        checking, "_compare", lambda m, p, way, *rest: "so" if way == "layered" else compare(m, p, way, *rest)
     )
     heads = torch.zeros(50, model.shape.n_layers, model.shape.n_heads, dtype=torch.bool)
     heads[:, -1, 0] = True

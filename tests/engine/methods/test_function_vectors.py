@@ -7,6 +7,7 @@ import engine
 from engine import fv, tasks
 from engine.tasks import Example
 from models import zoo
+from tests.edits import after
 
 PROMPTS = ["Q: hot\nA: cold\n\nQ: big\nA:", "Q: up\nA: down\n\nQ: in\nA:"]
 EXAMPLES = [Example(prompt, 5) for prompt in PROMPTS]
@@ -73,8 +74,7 @@ def test_hits_by_layer_are_those_of_hooks(model, random):
     for layer in (*range(model.shape.n_layers), None):
         row = model.shape.n_layers if layer is None else layer
         for index, example in enumerate(EXAMPLES):
-            steering = engine.Steering(vector, [layer])
-            logits = engine.naive.patch(model, example.prompt, steering=steering)[0]
+            logits = engine.naive.patch(model, example.prompt, after(model, vector, [layer]))[0]
             assert found[index, row] == (logits.argmax() == tasks.first_token(model, example))
 
 
@@ -105,7 +105,7 @@ def test_on_the_real_model(smollm2):
     clean = [example.prompt for example in task.few_shot(split.train, 5, 20)]
     vector, _ = fv.extract(smollm2, clean, task.few_shot(split.train, 5, 2, seed=1, shuffled=True), progress=False)
     queries = task.queries(split.test[:30], split.train, 5, seed=2, shuffled=True)
-    hits = tasks.first_token_hits(smollm2, queries, steering=engine.Steering(vector.vector, [18, None])).float().mean(0)
+    hits = tasks.first_token_hits(smollm2, queries, after(smollm2, vector.vector, [18, None])).float().mean(0)
     assert hits[0] >= hits[1] + 0.2
 
 

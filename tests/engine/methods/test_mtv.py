@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import models
 from engine import Example
 from engine.artifacts import load_tensors, save_tensors
 from engine.distributed import World
+from engine.methods import trials
 from engine.methods.estimators import ESTIMATORS, gated
 from engine.methods.mtv import PRESETS, Search
 from models import zoo
@@ -169,7 +171,7 @@ def test_options_that_do_not_go_together(model, options, message):
 
 def test_an_unknown_estimator():
     with pytest.raises(ValueError, match=r"estimator must be one of \['reinforce', .*got 'guess'"):
-        engine.mtv.read_options("paper", 1, estimator="guess")
+        engine.mtv.read_options(preset="paper", estimator="guess")
 
 
 @dataclass(frozen=True)
@@ -363,7 +365,7 @@ def test_validation_decides_among_candidates(model, monkeypatch, given):
 
     monkeypatch.setattr(Search, "draw_candidates", record)
     monkeypatch.setattr(
-        engine.mtv, "PrefixPool", lambda model, prompts: searched.append(prompts) or engine.PrefixPool(model, prompts)
+        trials, "PrefixPool", lambda model, prompts: searched.append(prompts) or engine.PrefixPool(model, prompts)
     )
     validation = [Example("Q: xyz\nA:", " x"), Example("Q: q\nA:", " w"), Example("Hello", 50)] if given else None
     vector = search(model, steps=3, validation=validation)
@@ -475,11 +477,13 @@ def test_a_replayed_step_searches_alike(model, monkeypatch):
     want = engine.mtv.extract(model, examples, means, **options)
     used = []
 
-    def replay(model, pool, at_once):
-        used.append(engine.RowStep(model, rows=at_once, context=32))
+    def replay(shares):
+        used.append(engine.RowStep(model, rows=shares.at_once, context=32))
         return used[0]
 
-    monkeypatch.setattr(engine.mtv, "_replay", replay)
+    made = cached_property(replay)
+    made.__set_name__(trials.Shares, "replay")
+    monkeypatch.setattr(trials.Shares, "replay", made)
     got = engine.mtv.extract(model, examples, means, **options)
     assert used[0]._held is not None
     assert got.metadata["losses"] == pytest.approx(want.metadata["losses"], abs=1e-4)

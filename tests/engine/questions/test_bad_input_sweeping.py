@@ -95,8 +95,8 @@ def test_both(idle, verb, case):
     ("given", "error", "words"),
     [
         (dict(mode="multiply"), ValueError, ["mode must be one of", "'multiply'"]),
-        (dict(mode="add", values="zero"), ValueError, ["mode 'add' adds a tensor", "'zero'"]),
-        (dict(mode="add", values=None, source=PROMPTS), ValueError, ["mode 'add' adds a tensor", "a source"]),
+        (dict(mode="add", values="zero"), ValueError, ["mode 'add' takes a tensor", "'zero'"]),
+        (dict(mode="add", values=None, source=PROMPTS), ValueError, ["mode 'add' takes a tensor", "a source"]),
         (dict(groups="pairs"), ValueError, ["groups must be 'heads', 'layers' or masks by name", "'pairs'"]),
         (dict(groups=[MASK]), ValueError, ["groups must be 'heads', 'layers' or masks by name"]),
         (dict(groups={}), ValueError, ["no groups"]),

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
-import engine.questions.effects
+import engine
 from engine import plots
+from engine.questions import statistics
 from engine.questions.effects import Effects
 
 N, P, L, H = 7, 2, 3, 4
@@ -200,9 +201,9 @@ def test_holm_and_fdr():
 def test_holm_of_few():
     """Multiplied by how many are left: 3, 2, 1; never less than that of a smaller p."""
     p = torch.tensor([0.04, 0.01, 0.03], dtype=torch.float64)
-    assert engine.questions.effects._holm(p).tolist() == pytest.approx([0.06, 0.03, 0.06])
+    assert statistics.holm(p).tolist() == pytest.approx([0.06, 0.03, 0.06])
     p = torch.tensor([0.9, 0.01, 0.02], dtype=torch.float64)
-    assert engine.questions.effects._holm(p).tolist() == pytest.approx([0.9, 0.03, 0.04])
+    assert statistics.holm(p).tolist() == pytest.approx([0.9, 0.03, 0.04])
 
 
 def test_false_positives(random):
@@ -231,7 +232,7 @@ def test_max_finds_what_holm_cannot(random):
 
 def test_units_are_held_a_few_at_a_time(monkeypatch, at_positions):
     whole = [*at_positions.interval(resamples=99), *(at_positions.p_values(c) for c in ("max", "holm", "fdr", None))]
-    monkeypatch.setattr(engine.questions.effects, "AT_ONCE", 5)
+    monkeypatch.setattr(statistics, "AT_ONCE", 5)
     again = [*at_positions.interval(resamples=99), *(at_positions.p_values(c) for c in ("max", "holm", "fdr", None))]
     for one, other in zip(whole, again, strict=True):
         assert torch.allclose(one, other, rtol=1e-12)

@@ -11,7 +11,8 @@ import engine
 import models
 from bench.families import wrapped
 from engine import Example, groups
-from engine.questions import sweeping
+from engine.core.budget import Budget
+from engine.questions import runs
 from engine.questions.metrics import METRICS, read_metric
 from models import zoo
 from models.calls import Passing
@@ -269,7 +270,7 @@ def passes(monkeypatch):
         seen.append(1 if heads is None else len(heads))
         return engine.patch(model, prompt, **given)
 
-    monkeypatch.setattr(sweeping, "patch", counted)
+    monkeypatch.setattr(runs, "patch", counted)
     return seen
 
 
@@ -284,7 +285,7 @@ def test_little_memory(tiny, draw, passes, family, positions):
     n_rows = len(each_head(model)) + 1
     assert set(passes) == {n_rows}
     passes.clear()
-    row = sweeping.Budget(model, 2**40)
+    row = Budget(model, 2**40)
     n_tokens = len(model.encode(prompts[0]))
     for memory, most in ((1, 1), (5 * (row._row + row._token + n_tokens * row._key), 5)):
         in_parts = engine.sweep(model, prompts, new, memory=memory, **more)
@@ -325,7 +326,7 @@ def test_memory_that_runs_out(model, values, monkeypatch, error):
             raise error("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return engine.patch(model, prompt, **given)
 
-    monkeypatch.setattr(sweeping, "patch", narrow)
+    monkeypatch.setattr(runs, "patch", narrow)
     effects = engine.sweep(model, PROMPTS, values, **options())
     torch.testing.assert_close(effects.patched, whole.patched, atol=1e-6, rtol=0)
     assert tried[:3] == [19, 9, 4]
@@ -350,7 +351,7 @@ def test_errors_that_fewer_rows_do_not_help(model, values, monkeypatch, error):
     def broken(model, prompt, **given):
         raise error
 
-    monkeypatch.setattr(sweeping, "patch", broken)
+    monkeypatch.setattr(runs, "patch", broken)
     with pytest.raises(type(error), match=str(error)):
         engine.sweep(model, PROMPTS, values, **options())
 

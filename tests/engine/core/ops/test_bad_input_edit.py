@@ -22,11 +22,14 @@ def arguments(**other):
 @pytest.mark.parametrize(
     ("other", "error", "says"),
     [
-        (dict(mode="swap"), ValueError, r"mode must be one of \('replace', 'add'\), got 'swap'"),
+        (dict(mode="swap"), ValueError, r"mode must be one of \('replace', 'add', 'scale'\), got 'swap'"),
         (dict(impl="cuda"), ValueError, r"impl must be one of \('auto', .*\), got 'cuda'"),
         (dict(z=torch.zeros(3, 4, 5)), ValueError, r"z must have shape .*, got \[3, 4, 5\]"),
         (dict(mask=torch.ones(4, 3, dtype=torch.bool)), ValueError, r"mask must have shape \[3, 4\], got \[4, 3\]"),
-        (dict(values=torch.ones(2, 4, 5)), ValueError, r"\[1, 4, 5\] or \[3, 4, 5\], got \[2, 4, 5\]"),
+        (dict(values=torch.ones(2, 4, 5)), ValueError, r"\[1, 4, 5\] or \[3, 4, 5\], .* got \[2, 4, 5\]"),
+        (dict(values=torch.ones(3, 3, 4, 5)), ValueError, r"an axis of 2 tokens after rows, got \[3, 3, 4, 5\]"),
+        (dict(values=torch.ones(2, 2, 4, 5)), ValueError, r"values must have shape .*, got \[2, 2, 4, 5\]"),
+        (dict(values=torch.ones(1, 1, 2, 4, 5)), ValueError, r"values must have shape .*, got \[1, 1, 2, 4, 5\]"),
         (dict(values=torch.ones(4, 5)), ValueError, r"values must have shape .*, got \[4, 5\]"),
         (dict(mask=torch.ones(3, 4)), TypeError, "bool mask, got torch.float32, torch.float32 and torch.float32"),
         (dict(values=torch.ones(1, 4, 5).half()), TypeError, "one floating-point dtype .* torch.float16"),

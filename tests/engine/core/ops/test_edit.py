@@ -21,10 +21,23 @@ SIZES = [
     [(1, 5, 14), (3, 1, 9), (33, 2, 1)],
 ]
 both = pytest.mark.parametrize("impl", ["torch", "triton"], indirect=True)
+MODES = ("replace", "add", "scale")
+# Values: shared by all rows or one set a row; one for all tokens or one a token.
+sets = pytest.mark.parametrize(
+    ("shared", "per_token"),
+    [(True, False), (False, False), (True, True), (False, True)],
+    ids=["shared", "own", "shared by token", "own by token"],
+)
 
 
-def numbers(*shape, dtype, random):
-    """Sixteenths, whose sums are exact in bfloat16 too: Triton's interpreter truncates to it. On a GPU any number."""
+def numbers(*shape, dtype, random, factors=False):
+    """Sixteenths, whose sums are exact in bfloat16 too: Triton's interpreter truncates to it. On a GPU any number.
+
+    factors: such that products with these are exact, too.
+    """
+    if DEVICE == "cpu" and factors:
+        few = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 2.0])
+        return few[torch.randint(len(few), shape, generator=random)].to(dtype)
     if DEVICE == "cpu":
         return (torch.randint(-127, 128, shape, generator=random) / 16).to(dtype)
     return torch.randn(shape, generator=random).to(DEVICE, dtype)
@@ -35,28 +48,35 @@ def same(got, want):
     return torch.equal(got.contiguous().view(BITS[got.dtype]), want.contiguous().view(BITS[want.dtype]))
 
 
-def draw(rows, tokens, heads, head_dim, dtype, shared, random):
-    """z, mask and values, with NaN in every head of z and of values that is not to be touched."""
+def draw(rows, tokens, heads, head_dim, dtype, shared, random, mode="replace", per_token=False):
+    """z, mask and values, with NaN in every head of z and of values that is not to be touched.
+
+    per_token: values have an axis for tokens.
+    """
     mask = (torch.rand(rows, heads, generator=random) < 0.4).to(DEVICE)
     z = numbers(rows, tokens, heads, head_dim, dtype=dtype, random=random)
-    values = numbers(1 if shared else rows, heads, head_dim, dtype=dtype, random=random)
+    lead = (1 if shared else rows, tokens if per_token else 1)
+    values = numbers(*lead, heads, head_dim, dtype=dtype, random=random, factors=mode == "scale")
     z[~mask[:, None].expand(-1, tokens, -1)] = torch.nan
-    values[~(mask.any(dim=0, keepdim=True) if shared else mask)] = torch.nan
-    return z, mask, values
+    on = mask.any(dim=0, keepdim=True) if shared else mask
+    values[~on[:, None].expand(-1, values.shape[1], -1)] = torch.nan
+    return z, mask, values if per_token else values[:, 0]
 
 
 @both
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["replace", "add"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shared", [True, False])
 def test_equals_the_loops(random, impl, head_dim, dtype, mode, shared):
-    for sizes in SIZES[HEAD_DIMS.index(head_dim) % 3]:
-        z, mask, values = draw(*sizes, head_dim, dtype, shared, random)
+    three = SIZES[HEAD_DIMS.index(head_dim) % 3]
+    by_token = [(*sizes, True) for sizes in three if sizes[1] == 5]
+    for *sizes, per_token in [*((*sizes, False) for sizes in three), *by_token]:
+        z, mask, values = draw(*sizes, head_dim, dtype, shared, random, mode, per_token)
         want = edit_heads(z.clone(), mask, values, mode, "reference")
         got = edit_heads(z, mask, values, mode, impl)
         assert got is z
-        assert same(got, want), sizes
+        assert same(got, want), (sizes, per_token)
 
 
 def packed(z):
@@ -88,15 +108,21 @@ def spread(z):
 
 @both
 @pytest.mark.parametrize("layout", [packed, last_token, transposed, spread])
-@pytest.mark.parametrize("mode", ["replace", "add"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides(random, impl, layout, mode, dtype):
     """A view: what it shows is edited, what lies around it is not; mask and values have strides of their own."""
-    z, mask, values = draw(3, 2, 9, 12, dtype, False, random)
+    for per_token in (False, True):
+        any_strides(random, impl, layout, mode, dtype, per_token)
+
+
+def any_strides(random, impl, layout, mode, dtype, per_token):
+    z, mask, values = draw(3, 2, 9, 12, dtype, False, random, mode, per_token)
     want, around = layout(edit_heads(z.clone(), mask, values, mode, "reference"))
     view, whole = layout(z)
     mask = mask.T.contiguous().T
-    values = values.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    values = values.movedim(-1, 0).contiguous().movedim(0, -1)
+    values = values.transpose(0, 1).contiguous().transpose(0, 1)
     assert edit_heads(view, mask, values, mode, impl) is view
     assert same(view, want)
     assert same(whole, around)
@@ -108,7 +134,28 @@ def test_values_and_masks_that_are_expanded(random, impl):
     mask = torch.tensor([True, False, True] * 3, device=DEVICE).expand(5, 9)
     values = numbers(9, 12, dtype=torch.float32, random=random).expand(5, 9, 12)
     want = edit_heads(z.clone(), mask, values, "replace", "reference")
-    assert torch.equal(edit_heads(z, mask, values, "replace", impl), want)
+    for one in (values, values[:, None], values[:1, None]):
+        assert torch.equal(edit_heads(z.clone(), mask, one, "replace", impl), want)
+
+
+@both
+@pytest.mark.parametrize("mode", MODES)
+def test_one_set_is_the_same_a_token(random, impl, mode):
+    """Values without an axis for tokens, with one of one, and spread over all tokens."""
+    z, mask, values = draw(3, 5, 9, 12, torch.float32, False, random, mode)
+    want = edit_heads(z.clone(), mask, values, mode, "reference")
+    for one in (values, values[:, None], values[:, None].expand(-1, 5, -1, -1), values[:, None].repeat(1, 5, 1, 1)):
+        assert same(edit_heads(z.clone(), mask, one, mode, impl), want)
+
+
+@both
+def test_scaled_by_zero(random, impl):
+    """Ablated: zeros where the mask is, in every head of every token."""
+    z, mask, values = draw(3, 5, 9, 12, torch.float32, True, random)
+    got = edit_heads(z.clone(), mask, torch.zeros_like(values), "scale", impl)
+    on = mask[:, None].expand(-1, 5, -1)
+    assert not got[on].any()
+    assert got[~on].isnan().all()
 
 
 @both
@@ -128,25 +175,31 @@ def test_the_loops_by_hand():
         (own, "replace", [10, 1, 10, 3, 4, 40, 6, 40]),
         (shared, "add", [10, 1, 12, 3, 4, 25, 6, 27]),
         (own, "add", [10, 1, 12, 3, 4, 45, 6, 47]),
+        (shared, "scale", [0, 1, 20, 3, 4, 100, 6, 140]),
+        (own, "scale", [0, 1, 20, 3, 4, 200, 6, 280]),
+        (torch.stack([shared, own[1:]], dim=1), "replace", [10, 1, 30, 3, 4, 20, 6, 40]),
+        (torch.stack([own, -own], dim=1), "add", [10, 1, -8, 3, 4, 45, 6, -33]),
+        (torch.stack([own, -own], dim=1), "scale", [0, 1, -20, 3, 4, 200, 6, -280]),
     ]:
         assert edit_heads(z.clone(), mask, values, mode, "reference").flatten().tolist() == want
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
-def test_the_sum_is_rounded_to_the_dtype_of_z(random, dtype):
+def test_sum_and_product_are_rounded_to_the_dtype_of_z(random, dtype):
     """As naive adds: what a float64 sum rounds to (no sum of two shorter numbers is rounded twice on the way)."""
     z, values = (torch.randn(4, 1, 9, 64, generator=random).to(dtype) for _ in range(2))
     mask = torch.ones(4, 9, dtype=torch.bool)
-    want = (z.double() + values.double()).to(dtype)
-    for impl in ("reference", "torch"):
-        assert torch.equal(edit_heads(z.clone(), mask, values[:, 0], "add", impl), want)
+    wanted = {"add": (z.double() + values.double()).to(dtype), "scale": (z.double() * values.double()).to(dtype)}
+    for mode, want in wanted.items():
+        for impl in ("reference", "torch"):
+            assert torch.equal(edit_heads(z.clone(), mask, values[:, 0], mode, impl), want)
 
 
 @INTERPRETER
-@pytest.mark.parametrize("mode", ["replace", "add"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_the_kernel_reads_nothing_it_does_not_change(triton_edit, random, monkeypatch, mode, shared):
-    """Every address that is loaded or stored: the mask; values of heads that are on; z of those, if added to."""
+@pytest.mark.parametrize("mode", MODES)
+@sets
+def test_the_kernel_reads_nothing_it_does_not_change(triton_edit, random, monkeypatch, mode, shared, per_token):
+    """Every address that is loaded or stored: the mask; values of heads that are on; z of those, unless replaced."""
     from triton.runtime import interpreter
 
     loaded, stored = set(), set()
@@ -167,16 +220,17 @@ def test_the_kernel_reads_nothing_it_does_not_change(triton_edit, random, monkey
         where = torch.arange(x.numel()).view(x.shape)[on]
         return {x.data_ptr() + i * x.element_size() for i in where.flatten().tolist()}
 
-    z, mask, values = draw(3, 2, 9, 12, torch.float32, shared, random)
+    z, mask, values = draw(3, 2, 9, 12, torch.float32, shared, random, mode, per_token)
     edit_heads(z, mask, values, mode, "triton")
     changed = addresses(z, mask[:, None].expand(-1, 2, -1))
-    used = addresses(values, mask.any(dim=0, keepdim=True) if shared else mask)
+    on = mask.any(dim=0, keepdim=True) if shared else mask
+    used = addresses(values, on[:, None].expand(-1, 2, -1) if per_token else on)
     assert stored == changed
-    assert loaded == addresses(mask, ...) | used | (changed if mode == "add" else set())
+    assert loaded == addresses(mask, ...) | used | (set() if mode == "replace" else changed)
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (90, "bf16"), (90, "fp16"), (90, "fp32")])
-@pytest.mark.parametrize("mode", ["replace", "add"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_kernel_compiles_for_gpus(unimported, monkeypatch, tmp_path, capability, dtype, mode):
     """Without one at hand: down to machine code, in which one load, the mask's, stands before the first branch."""
     triton = pytest.importorskip("triton")
@@ -187,7 +241,7 @@ def test_the_kernel_compiles_for_gpus(unimported, monkeypatch, tmp_path, capabil
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     from engine.core.ops import triton_edit
 
-    constants = {"ADD": mode == "add", "BLOCK_T": 2, "BLOCK_D": 128}
+    constants = {"ADD": mode == "add", "SCALE": mode == "scale", "BLOCK_T": 2, "BLOCK_D": 128}
     types = {name: "i32" for name in triton_edit._edit_heads.arg_names}
     types |= {"z": f"*{dtype}", "mask": "*i1", "values": f"*{dtype}", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(triton_edit._edit_heads, types, constants)
@@ -196,15 +250,16 @@ def test_the_kernel_compiles_for_gpus(unimported, monkeypatch, tmp_path, capabil
     before, after = made["ptx"].split("bra", 1)
     assert before.count("ld.global") == 1
     assert "ld.global" in after
-    assert made["ttir"].count("tt.load") == (3 if mode == "add" else 2)
+    assert made["ttir"].count("tt.load") == (2 if mode == "replace" else 3)
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
-@pytest.mark.parametrize("mode", ["replace", "add"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_gradients(random, impl, mode, shared):
+@pytest.mark.parametrize("mode", MODES)
+@sets
+def test_gradients(random, impl, mode, shared, per_token):
     """Where they are recorded z is left alone, and the result is differentiable in z and values."""
-    z, values = torch.randn(3, 2, 4, 5, generator=random).double(), torch.randn(1 if shared else 3, 4, 5).double()
+    lead = (1 if shared else 3, *[2][: int(per_token)])
+    z, values = torch.randn(3, 2, 4, 5, generator=random).double(), torch.randn(*lead, 4, 5).double()
     mask = torch.rand(3, 4, generator=random) < 0.5
     want = edit_heads(z.clone(), mask, values, mode, "reference")
     for leaf in (z, values):
@@ -225,10 +280,13 @@ def test_gradients(random, impl, mode, shared):
 def test_gradients_do_not_reach_what_is_masked(random):
     """Not even as NaN."""
     z, mask, values = (x.cpu() for x in draw(3, 2, 9, 12, torch.float32, False, random))
-    for mode in ("replace", "add"):
+    on = mask[:, None].expand(-1, 2, -1)
+    for mode in MODES:
         leaf = values.clone().requires_grad_()
-        edit_heads(z, mask, leaf, mode)[mask[:, None].expand(-1, 2, -1)].sum().backward()
-        assert torch.equal(leaf.grad, 2.0 * mask[:, :, None].expand(3, 9, 12))
+        edit_heads(z.clone(), mask, leaf, mode)[on].sum().backward()
+        per_token = z if mode == "scale" else torch.ones_like(z)
+        want = torch.where(on[..., None], per_token, 0).sum(dim=1)
+        torch.testing.assert_close(leaf.grad, want, rtol=1e-6, atol=1e-6)
 
 
 def chosen(monkeypatch, z, values=None):

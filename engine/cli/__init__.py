@@ -1,0 +1,19 @@
+"""The command line: `headpatch extract` finds a task vector, `apply` answers with it; `fv` finds a function vector."""
+
+from __future__ import annotations
+
+try:
+    import typer
+except ImportError as error:
+    raise SystemExit("the command line needs its extra: pip install 'headpatch[cli]'") from error
+
+from engine.cli.console import plain_errors
+from engine.cli.experimenting import experiment
+from engine.cli.extracting import extract
+from engine.cli.vectors import apply, fv, info
+
+__all__ = ["app", "plain_errors"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+for command in (extract, fv, apply, info, experiment):
+    app.command()(command)

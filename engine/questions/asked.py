@@ -1,0 +1,88 @@
+"""What is asked of every prompt, by a sweep and by an attribution alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from engine.core.prefix import Prefix, as_prefix
+from engine.distributed import digest
+from engine.questions.effects import Effects
+from engine.questions.origins import Origin
+from engine.questions.scoring import Answers, Scoring
+from engine.questions.where import Where
+from engine.tasks.scoring import Example, ExampleLike, as_example
+from models import Model, PromptLike
+from models.shapes import Bool, Float
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The prompts, where they are patched, with what, and what scores the runs.
+
+    Raises ValueError for answers that do not fit behind their prompts.
+    """
+
+    prompts: list[Prefix]
+    where: Where
+    origin: Origin
+    scoring: Scoring
+
+    def __post_init__(self) -> None:
+        self.scoring.check(self.prompts)
+
+    @property
+    def model(self) -> Model:
+        return self.prompts[0].model
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What tells it from others, as JSON: in the result's metadata, in checkpoints, compared by ranks."""
+        every = [*self.prompts, *self.origin.sources]
+        pixels = [x for prompt in every for x in prompt.prompt.inputs.values()]
+        tokens = [prompt.tokens.tolist() for prompt in every]
+        return dict(
+            model=self.model.name,
+            metric=self.scoring.metric,
+            values=self.origin.described,
+            positions=list(self.where.at),
+            data=digest(tokens, self.scoring.targets, self.scoring.others, *pixels),
+        )
+
+    def effects(
+        self,
+        patched: Float[Tensor, "prompts positions units"],
+        clean: Float[Tensor, " prompts"],
+        reference: Float[Tensor, " prompts"] | None = None,
+        groups: Mapping[str, Bool[Tensor, "layers heads"]] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Effects:
+        """The result of all prompts."""
+        shape = (self.model.shape.n_layers, self.model.shape.n_heads) if groups is None else (len(groups),)
+        patched = patched.unflatten(2, shape)
+        return Effects(
+            patched if self.where.several else patched[:, 0],
+            clean,
+            reference,
+            groups=groups,
+            positions=list(self.where.at) if self.where.several else None,
+            metric=self.scoring.metric,
+            metadata={**self.known, **(metadata or {}), "prompts": len(self.prompts)},
+        )
+
+
+def read_prompts(
+    model: Model, prompts: Sequence[PromptLike | ExampleLike], targets: Answers
+) -> tuple[list[PromptLike], list[Prefix], Answers]:
+    """The prompts as they were given, and encoded; and their targets, those of Examples if these are given."""
+    if isinstance(prompts, (str, Example)) or not isinstance(prompts, Sequence) or not len(prompts):
+        raise ValueError(f"expected a list of prompts, got {prompts!r:.80}")
+    given: list[Any] = list(prompts)
+    if examples := [example for one in prompts if (example := as_example(one)) is not None]:
+        if len(examples) < len(prompts) or targets is not None:
+            raise ValueError("prompts must be all Examples, which bring their targets, or none of them")
+        given, targets = [one.prompt for one in examples], [one.answer for one in examples]
+    return given, [as_prefix(model, one) for one in given], targets

@@ -1,0 +1,100 @@
+"""Sites by TransformerLens and nnsight are the plain backend's; TransformerLens' own patching functions agree."""
+
+from typing import get_args
+
+import pytest
+import torch
+
+import engine
+import models
+from bench.by_site import cells
+from bench.families import wrapped
+
+LIMIT = 1e-5
+TOKENS = 9
+POSITIONS = list(range(TOKENS))
+# By site, the function of transformer_lens.patching; over layers x positions, or layers x positions x heads.
+BY_LAYER = {
+    "resid_pre": "get_act_patch_resid_pre",
+    # Their setter writes in place, and so to the skip connection as well: under no_grad. Else the MLP alone reads it.
+    "resid_mid": "get_act_patch_resid_mid",
+    "attn_out": "get_act_patch_attn_out",
+    "mlp_out": "get_act_patch_mlp_out",
+}
+BY_HEAD = {
+    "z": "get_act_patch_attn_head_out_by_pos",
+    "q": "get_act_patch_attn_head_q_by_pos",
+    "k": "get_act_patch_attn_head_k_by_pos",
+    "v": "get_act_patch_attn_head_v_by_pos",
+    "pattern": "get_act_patch_attn_head_pattern_by_pos",
+}
+
+
+@pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_agree_with_plain(family, backend):
+    found = list(cells(family, backend))
+    assert not [cell.site for cell in found if cell.refused]
+    assert max(cell.difference for cell in found) <= LIMIT
+    assert all("batch" in cell.ran and "naive" in cell.ran for cell in found)
+
+
+class Both:
+    """A family, a source and a prompt, as TransformerLens and as we ask."""
+
+    def __init__(self, family):
+        from transformer_lens import patching
+
+        self.functions = patching
+        self.bridge = wrapped(family, torch.float32, "transformer_lens").bridge
+        self.model = wrapped(family)
+        source, self.prompt = torch.randint(97, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            _, self.cache = self.bridge.run_with_cache(source[None])
+        self.source = source
+
+    def theirs(self, name):
+        with torch.no_grad():
+            function = getattr(self.functions, name)
+            return function(self.bridge, self.prompt[None], self.cache, lambda logits: logits[0, -1, 5])
+
+    def values(self, site):
+        """[positions, layers, units, width]"""
+        return engine.capture(self.model, [self.source], POSITIONS, sites=site)[0]
+
+    def ours(self, site):
+        """Every unit of every layer at every position: [layers, units, positions]."""
+        size, values = self.model.site(site), self.values(site)
+        each = torch.eye(size.n_layers * size.units).bool().unflatten(1, (size.n_layers, size.units))
+        logits = [engine.patch(self.model, self.prompt, engine.Patch(site, each, values[p], p)) for p in POSITIONS]
+        return torch.stack([one[:, 5] for one in logits], dim=-1).unflatten(0, (size.n_layers, size.units))
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.slow)])
+def both(request):
+    return Both(request.param)
+
+
+@pytest.mark.parametrize("site", BY_LAYER)
+def test_layers_and_positions(both, site):
+    torch.testing.assert_close(both.ours(site)[:, 0], both.theirs(BY_LAYER[site]), atol=LIMIT, rtol=0)
+
+
+@pytest.mark.parametrize("site", BY_HEAD)
+def test_heads_and_positions(both, site):
+    """Their q and k stand before rotary positions, ours after: from the same position they come to the same."""
+    want = both.theirs(BY_HEAD[site])  # [layers, positions, heads], of patterns [layers, heads, positions]
+    want = want if site == "pattern" else want.transpose(1, 2)
+    torch.testing.assert_close(both.ours(site), want, atol=LIMIT, rtol=0)
+
+
+def test_all_positions_of_a_head(both):
+    size, values = both.model.site("z"), both.values("z")
+    each = torch.eye(size.n_layers * size.units).bool().unflatten(1, (size.n_layers, size.units))
+    got = engine.patch(both.model, both.prompt, engine.Patch("z", each, values[None], POSITIONS))[:, 5]
+    want = both.theirs("get_act_patch_attn_head_out_all_pos")
+    torch.testing.assert_close(got.view_as(want), want, atol=LIMIT, rtol=0)
+
+
+def test_all_sites_are_named():
+    assert {*BY_LAYER, *BY_HEAD} < set(get_args(models.Site))
