@@ -29,7 +29,8 @@ class Patch:
 
     site:      a named place in every layer, with U units of W numbers a token:
                "resid_pre", "resid_mid", "resid_post" (1 x d_model): the residual stream as a block is given it, after
-               attention is added, as the block gives it (TransformerLens' hook_resid_pre, ...);
+               attention is added, as the block gives it (TransformerLens' hook_resid_pre, ...; a write to its
+               hook_resid_mid reaches the skip connection only if made in place);
                "attn_out", "mlp_out" (1 x d_model): what W_O, and the MLP's last projection (of a mixture of experts all
                of it) give, before a norm that follows, as Gemma2's;
                "mlp_act" (d_ff x 1): neurons, what that projection is given (hook_post);

@@ -74,7 +74,7 @@ def sweep(
                probabilities' geometric mean. "first_token". "kl" and functions of your own see the first token's.
     groups:    "heads" (default), "layers", or masks by name (`engine.groups` makes some): what is patched together.
     positions: one, or a list, of which each is patched by itself. Default: the last token.
-    mode:      "replace" the heads' output, or "add" the values, then a tensor, to it.
+    mode:      "replace" the heads' output, or "add" the values, then a tensor, to it, or "scale" it by them.
     memory:    bytes that rows may take; default an eighth of what is free. Fewer rows are tried when it does run out.
     checkpoint: a file, written after every prompt; a sweep that was stopped goes on from it, with the same results. It
                is removed at the end. A metric of one's own is known by its being one, not by what it does.

@@ -1,5 +1,7 @@
 """Encoders are patched by batched rows; what would share tokens is refused."""
 
+from typing import get_args
+
 import pytest
 import torch
 from PIL import Image
@@ -90,3 +92,36 @@ def test_the_answer_is_read_at_the_mask():
 def test_both_towers_at_once_are_refused():
     with pytest.raises((models.UnsupportedModelError, AttributeError)):
         models.wrap(tiny.tiny("clip"))
+
+
+@pytest.mark.parametrize("site", get_args(models.Site))
+def test_every_site(asked, site):
+    """By the only way that there is, against a forward a row; and something of it reaches the answer."""
+    model, prompt, _ = asked
+    size = model.site(site)
+    units = torch.zeros(2, size.n_layers, size.units, dtype=torch.bool)
+    units[0, 0, 0] = units[1, -1] = True
+    patch = engine.Patch(site, units, 0.5, [0, -1], "scale")
+    got = engine.patch(model, prompt, patch)
+    torch.testing.assert_close(got, engine.naive.patch(model, prompt, patch), atol=1e-5, rtol=0)
+    clean = engine.patch(model, prompt)
+    assert ((got - clean).abs().amax(dim=1) > 1e-6).any()
+
+
+def test_resid_post_by_a_hook(asked):
+    """Added to what a block gives, by plain hooks."""
+    model, prompt, inputs = asked
+    vector = torch.linspace(-2, 2, model.shape.d_model)
+    got = engine.patch(model, prompt, engine.Patch("resid_post", [0], vector, 0, "add"))
+
+    def add(_, __, out):
+        h = (out[0] if isinstance(out, tuple) else out).clone()
+        h[:, 0] += vector
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+
+    handle = model.body.blocks[0].register_forward_hook(add)
+    try:
+        want = answer(model.hf, inputs)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
