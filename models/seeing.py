@@ -14,12 +14,13 @@ from models.anatomy import Anatomy, input_width
 from models.calls import Call, Hook
 from models.hooks import hooked
 from models.interface import Edit, Site, UnsupportedModelError
-from models.sites import SITES, Place, blocks
+from models.sites import SITES, Place, blocks, mlps
 
 if TYPE_CHECKING:
     from models.huggingface import HuggingFace
 
 TOKENS = 4
+AROUND: tuple[Site, Site] = ("resid_pre", "resid_post")  # of a block
 SAME = 1e-4  # of the largest number: what rounding may make of the same
 
 
@@ -90,7 +91,7 @@ def _shared(model: HuggingFace, name: Site, body: Anatomy) -> Place:
 
 
 def _after_attention(model: HuggingFace, body: Anatomy) -> list[str]:
-    """Parts of the first block that run after attention, in order."""
+    """Parts of the first block that run after attention, in order, up to the one that ends the MLP."""
     block, order = body.blocks[0], []
     names = {id(part): name for name, part in block.named_children()}
 
@@ -101,17 +102,19 @@ def _after_attention(model: HuggingFace, body: Anatomy) -> list[str]:
         for part in block.children():
             yield part.register_forward_pre_hook(Hook(note))
 
+    def at(inner: nn.Module) -> int:
+        around = {name for name, part in block.named_children() if any(x is inner for x in part.modules())}
+        return max((i for i, part in enumerate(order) if part in around), default=len(order))
+
     with model._running(body, Call()), hooked(hooks):
         model._logits(model.few_tokens(TOKENS))
-    inside = {name for name, part in block.named_children() if any(x is body.attentions[0] for x in part.modules())}
-    at = max((i for i, part in enumerate(order) if part in inside), default=len(order))
-    return list(dict.fromkeys(order[at + 1 :]))
+    return list(dict.fromkeys(order[at(body.attentions[0]) + 1 : at(mlps(body)[0]) + 1]))
 
 
 def _decides(model: HuggingFace, name: Site, place: Place, body: Anatomy) -> bool:
     """Whether every block gives the same for another input, the site being the same."""
-    layers, vector = range(body.shape.n_layers), {"resid_pre": None, "resid_post": None}
-    around = {site: Place(SITES[site], body.blocks, place.sizes) for site in vector}  # type: ignore[index]
+    layers = range(body.shape.n_layers)
+    before, after = (replace(place, entry=SITES[site], modules=body.blocks) for site in AROUND)
     given: list[dict[int, Tensor]] = [{}, {}]
     for run, out in enumerate(given):
         random = torch.Generator().manual_seed(run)
@@ -129,9 +132,9 @@ def _decides(model: HuggingFace, name: Site, place: Place, body: Anatomy) -> boo
         _run(
             model,
             {
-                "resid_pre": (around["resid_pre"], dict.fromkeys(layers, noise)),
+                "resid_pre": (before, dict.fromkeys(layers, noise)),
                 name: (place, {layer: partial(fixed, layer) for layer in layers}),
-                "resid_post": (around["resid_post"], {layer: partial(keep, layer) for layer in layers}),
+                "resid_post": (after, {layer: partial(keep, layer) for layer in layers}),
             },
         )
     one, other = given
