@@ -436,3 +436,11 @@ def test_a_function_that_raises(model):
 
     with pytest.raises(KeyError, match="mine"):
         engine.patch(model, PROMPT, engine.Edit("resid_mid", [1], fails))
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "resid_post", "q", "pattern"])
+def test_layers_that_text_passes_by(site):
+    """Cross-attention layers: text alone does not go through them."""
+    other = models.wrap(zoo.tiny("mllama"), zoo.tiny_tokenizer(), name="mllama")
+    with pytest.raises(models.UnsupportedModelError, match=f"mllama has no {site}"):
+        engine.patch(other, PROMPT, engine.Patch(site, [(0, 0)], 0.0, mode="scale"))
