@@ -195,6 +195,7 @@ class HuggingFace(Wrapped):
             return self._logits(given)
 
     def site(self, name: Site) -> SiteShape:
+        self.body  # noqa: B018  # looked at anew: parts may have been replaced
         place = self._place(name)
         sizes = tuple(place.sizes)
         units, width = (max(each) for each in zip(*sizes, strict=True))
@@ -202,10 +203,8 @@ class HuggingFace(Wrapped):
 
     def _place(self, name: Site) -> Place:
         """Where a site is, as long as the model consists of the same parts."""
-        body = self.body
         if name not in self._places:
-            found = locate(self, name, body)  # runs the model, which may find that it has other parts
-            self._places[name] = found
+            self._places[name] = locate(self, name, self.body)
         if isinstance(found := self._places[name], str):
             raise UnsupportedModelError(f"{self.name} has no {name}: {found}")
         return found

@@ -95,7 +95,7 @@ def generate(
             f"a prompt of {longest} tokens and {n_new} new ones exceed the {model.shape.max_tokens} of {model.name}"
         )
     rows = steps.select([0]).patch
-    asked = [request(p, rows, (*patched_positions(rows, p), len(p.tokens) - 1), late=False) for p in prompts]
+    asked = [request(p, rows, (*patched_positions(rows, p), len(p.tokens) - 1)) for p in prompts]
     for one in prompts:
         patched_positions(steps.patch, one)
     decide(model, prompts, asked, strategy)  # refuses what it must before anything runs

@@ -54,7 +54,8 @@ def patch(
     """
     checked = read_patches(model, patches, heads, values, positions, mode)
     several, prompts = as_prefixes(model, prompt)
-    asked = [request(p, checked, patched_positions(checked, p)) for p in prompts]
+    at, entry = [patched_positions(checked, p) for p in prompts], checked.first_layers()
+    asked = [request(p, checked, positions, entry) for p, positions in zip(prompts, at, strict=True)]
     logits = run(model, checked, prompts, decide(model, prompts, asked, strategy))
     return logits if several else logits[0]
 
@@ -77,13 +78,14 @@ def plan(
     ready, n_rows = as_prefix(model, prompt), read_int(rows, "rows")
     checked = no_patch(model.shape.n_layers, n_rows, read_positions(positions))
     checked = checked if patches is None else read_patches(model, patches)
-    asked = request(ready, checked, patched_positions(checked, ready), late=patches is not None)
+    entry = () if patches is None else checked.first_layers()
+    asked = request(ready, checked, patched_positions(checked, ready), entry)
     return make_plan(model.shape, known(model, bool(ready.prompt.inputs)).can, asked, strategy)
 
 
-def request(prompt: Prefix, patch: Patches, positions: Sequence[int], late: bool = True) -> Request:
-    """What is asked of a prompt patched at these positions of it; late: rows may come in at their first layer."""
-    unsplit, entry = why_not_split(prompt.prompt, min(positions)), patch.first_layers() if late else ()
+def request(prompt: Prefix, patch: Patches, positions: Sequence[int], entry: Sequence[int] = ()) -> Request:
+    """What is asked of a prompt patched at these positions of it, its rows from these layers on."""
+    unsplit = why_not_split(prompt.prompt, min(positions))
     return Request(len(prompt.tokens), patch.n_rows, positions, len(prompt.cache), entry, unsplit, patch.sites)
 
 

@@ -137,7 +137,7 @@ class RowStep:
         """The prefix into the buffers, unless it is there."""
         if prefix is self._held:
             return
-        asked = request(prefix, no_patch(self.model.shape.n_layers, self.rows), [split], late=False)
+        asked = request(prefix, no_patch(self.model.shape.n_layers, self.rows), [split])
         decide(self.model, [prefix], [asked], "packed")
         cache = compute([prefix], [split])[0].cache
         if not self._cache.keys:
