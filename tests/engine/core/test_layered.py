@@ -90,7 +90,9 @@ def test_auto_takes_it_where_it_saves(model, random):
     prompt = engine.core.prefix.as_prefix(model, list(range(20)))
     values = torch.zeros(model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
     patches = [read_patches(model, heads=heads, values=values) for heads in (late, torch.ones_like(late))]
-    chosen = [decide(model, [prompt], [request(prompt, patch, [19], patch.first_layers())], "auto") for patch in patches]
+    chosen = [
+        decide(model, [prompt], [request(prompt, patch, [19], patch.first_layers())], "auto") for patch in patches
+    ]
     assert [plan[0].strategy for plan in chosen] == ["layered", "packed"]
     assert chosen[0][0].n_computed < chosen[1][0].n_computed
 
