@@ -1,4 +1,6 @@
-"""What patching single heads, or groups of them, does to a metric: effects over prompts, and how sure they are."""
+"""What patching single units of a site, or groups of them, does to a metric: effects over prompts, and how sure they
+are.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from engine.artifacts import load_tensors, save_tensors
 from engine.questions.metrics import check_scores
 from engine.questions.statistics import Correction, bootstrap, needed, sign_flips, spearman
+from models import Site
 from models.reading import read_int
 from models.shapes import Bool, Float, Integer
 
@@ -27,16 +30,20 @@ Ranking: TypeAlias = Literal["absolute", "positive", "negative"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Effects:
-    """The metric of N prompts, patched unit by unit. A unit is a head, or a named group of heads; at several positions,
-    each of them is one unit more.
+    """The metric of N prompts, patched unit by unit. A unit is a head, neuron or layer (of a site with one vector a
+    layer), or a named group of them; at several positions, each of them is one unit more.
 
-    patched:   metric of each patched run: [N, L, H], or [N, P, L, H] at P positions; [N, G] or [N, P, G] for groups.
+    patched:   metric of each patched run: [N, L, U], or [N, L] of a site with one unit a layer; [N, G] for G groups; with
+               an axis for P positions after the first, [N, P, ...].
     clean:     metric of the unpatched run of each prompt.
     reference: metric of the run that the activations came from, where there is one.
-    groups:    name and mask of each group, in the order of `patched`; None for single heads.
-    positions: the tokens patched one at a time, as they were given; None if `patched` has no such dimension.
+    groups:    name and mask of each group, in the order of `patched`, or names alone; None for single units.
+    positions: the tokens patched one at a time, as they were given, or their names; None if `patched` has no such
+               dimension.
     metric:    its name, for tables and pictures.
     metadata:  model, prompts, values, whatever else must be remembered; JSON.
+    site:      where units are (`engine.Patch`).
+    tokens:    the text at each position, for pictures; None if prompts have no text, or not all the same length.
 
     Statistics are over prompts, in float64. Raises ValueError for shapes that do not fit, and for scores that are NaN
     or infinite, naming the prompts; TypeError for half precision.
@@ -49,10 +56,12 @@ class Effects:
     patched: Float[Tensor, "prompts ..."]
     clean: Float[Tensor, " prompts"]
     reference: Float[Tensor, " prompts"] | None = None
-    groups: Mapping[str, Bool[Tensor, "layers heads"]] | None = None
-    positions: Sequence[int] | None = None
+    groups: Mapping[str, Bool[Tensor, "layers units"]] | Sequence[str] | None = None
+    positions: Sequence[int | str] | None = None
     metric: str = "metric"
     metadata: dict[str, Any] = field(default_factory=dict)
+    site: Site = "z"
+    tokens: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         shape = list(self.patched.shape)
@@ -68,11 +77,13 @@ class Effects:
             check_scores(tensor, f"{self.metric} of the {name} run")
         if self.positions is not None and len(self.positions) != shape[1]:
             raise ValueError(f"patched has {shape[1]} positions, but {len(self.positions)} were named")
+        if self.tokens is not None and len(self.tokens) != len(self.positions or ()):
+            raise ValueError(f"tokens must be one for each of the positions {self.positions}, got {self.tokens}")
         if self.groups is not None and len(self.groups) != shape[-1]:
             raise ValueError(f"patched has {shape[-1]} groups, but {len(self.groups)} were named")
-        masks = list((self.groups or {}).values())
+        masks = list(self.groups.values()) if isinstance(self.groups, Mapping) else []
         if any(mask.dtype != torch.bool or mask.ndim != 2 or mask.shape != masks[0].shape for mask in masks):
-            raise ValueError("groups must be bool masks [layers, heads] of one shape")
+            raise ValueError("groups must be bool masks [layers, units] of one shape")
 
     def __repr__(self) -> str:
         sizes = [f"{n} {what}" for n, what in zip(self.patched.shape, self._dimensions, strict=True)]
@@ -171,8 +182,9 @@ class Effects:
 
         by: "absolute" size, whatever the sign; "positive": the most raising; "negative": the most lowering.
 
-        Returns (layer, head) pairs, as `engine.patch` takes them, or names of groups; at several positions (position,
-        layer, head) or (position, name). Raises ValueError for fewer than one or more than there are.
+        Returns (layer, head) pairs or layers, as `engine.Patch` takes them, or names of groups; at several positions
+        (position, layer, head), (position, layer) or (position, name). Raises ValueError for fewer than one or more
+        than there are.
         """
         if by not in get_args(Ranking):
             raise ValueError(f"by must be one of {get_args(Ranking)}, got {by!r}")
@@ -188,7 +200,7 @@ class Effects:
         return spearman(self.mean, other.mean if isinstance(other, Effects) else other.detach().cpu().double())
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A row for each prompt and unit: prompt, position, layer and head or group, patched, clean, effect, and with a
+        """A row for each prompt and unit: prompt, position, layer and head, neuron or group, patched, clean, effect, and with a
         reference, reference and normalised. Raises ImportError without pandas.
         """
         pandas = needed("pandas", "data frames")
@@ -210,7 +222,7 @@ class Effects:
         resamples: Integer = 10_000,
         seed: Integer = 0,
     ) -> pandas.DataFrame:
-        """A row for each unit: position, layer and head or group, mean effect, standard_error, low, high, p.
+        """A row for each unit: position, layer and head, neuron or group, mean effect, standard_error, low, high, p.
 
         Raises ValueError for one prompt; ImportError without pandas or scipy.
         """
@@ -241,13 +253,16 @@ class Effects:
         """Write everything to one safetensors file, whole or not at all. Raises OSError if it cannot be written."""
         tensors = {"patched": self.patched, "clean": self.clean}
         tensors |= {} if self.reference is None else {"reference": self.reference}
-        tensors |= {} if self.groups is None else {"groups": torch.stack(list(self.groups.values()))}
+        tensors |= {"groups": torch.stack(list(self.groups.values()))} if isinstance(self.groups, Mapping) else {}
         described = {
             "metric": self.metric,
             "positions": None if self.positions is None else list(self.positions),
             "groups": None if self.groups is None else list(self.groups),
+            "masks": isinstance(self.groups, Mapping),
             "reference": self.reference is not None,
             "metadata": self.metadata,
+            "site": self.site,
+            "tokens": None if self.tokens is None else list(self.tokens),
         }
         save_tensors(path, tensors, described)
 
@@ -255,9 +270,10 @@ class Effects:
     def load(cls, path: str | Path) -> Effects:
         """Read saved effects, bit by bit what was saved. Raises FileNotFoundError; ValueError for another file."""
         tensors, described = load_tensors(path, ("patched", "clean"))
-        optional = ("reference",) * described["reference"] + ("groups",) * (described["groups"] is not None)
-        more = load_tensors(path, optional)[0]
-        groups = dict(zip(described["groups"], more["groups"], strict=True)) if "groups" in more else None
+        named = described["groups"]
+        masked = described.get("masks", named is not None)
+        more = load_tensors(path, ("reference",) * described["reference"] + ("groups",) * masked)[0]
+        groups = dict(zip(named, more["groups"], strict=True)) if masked else named
         return cls(
             tensors["patched"],
             tensors["clean"],
@@ -266,27 +282,32 @@ class Effects:
             described["positions"],
             described["metric"],
             described["metadata"],
+            described.get("site", "z"),
+            described.get("tokens"),
         )
 
     @property
     def _dimensions(self) -> list[str]:
         names = ["prompts", *(["positions"] if self.positions is not None else [])]
-        return names + (["layers", "heads"] if self.groups is None else ["groups"])
+        if self.groups is not None:
+            return [*names, "groups"]
+        own = ["layers", "neurons" if self.site == "mlp_act" else "heads"]
+        return names + (own[:1] if self.patched.ndim == len(names) + 1 else own)
 
     @cached_property
     def _units(self) -> list[Any]:
         """What each unit is called, in the order of `patched` flattened."""
+        sizes = self.patched.shape[1 if self.positions is None else 2 :]
         if self.groups is not None:
             own: list[Any] = list(self.groups)
         else:
-            own = list(product(*(range(n) for n in self.patched.shape[-2:])))
+            own = list(range(sizes[0])) if len(sizes) == 1 else list(product(*(range(n) for n in sizes)))
         if self.positions is None:
             return own
-        return [(p, unit) if self.groups is not None else (p, *unit) for p in self.positions for unit in own]
+        return [(p, *unit) if isinstance(unit, tuple) else (p, unit) for p in self.positions for unit in own]
 
     def _unit_columns(self) -> dict[str, list[Any]]:
-        names = ["position"] if self.positions is not None else []
-        names += ["layer", "head"] if self.groups is None else ["group"]
+        names = [name.removesuffix("s") for name in self._dimensions[1:]]
         rows = [unit if isinstance(unit, tuple) else (unit,) for unit in self._units]
         return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 

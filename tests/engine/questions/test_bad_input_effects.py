@@ -55,9 +55,11 @@ MASK = torch.zeros(3, 6, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        (dict(patched=torch.zeros(5, 6)), (r"\[prompts, layers, heads\]", r"got \[5, 6\]")),
+        (dict(patched=torch.zeros(5)), (r"\[prompts, layers, heads\]", r"got \[5\]")),
+        (dict(patched=torch.zeros(5, 6), positions=[0]), (r"\[prompts, positions, layers, heads\]", r"got \[5, 6\]")),
+        (dict(tokens=["a"]), ("tokens must be one for each of the positions None",)),
         (dict(patched=torch.zeros(5, 2, 3, 6)), (r"\[prompts, layers, heads\]", r"got \[5, 2, 3, 6\]")),
-        (dict(positions=[0]), (r"\[prompts, positions, layers, heads\]", r"got \[5, 3, 6\]")),
+        (dict(positions=[0]), ("3 positions, but 1 were named",)),
         (dict(groups={"all": MASK}), (r"\[prompts, groups\]", r"got \[5, 3, 6\]")),
         (dict(patched=torch.zeros(0, 3, 6), clean=torch.zeros(0)), ("none of them 0", r"got \[0, 3, 6\]")),
         (dict(clean=torch.zeros(4)), (r"clean must have shape \[5\]", r"got \[4\]")),
