@@ -24,6 +24,8 @@ from engine.methods import mtv, sav, vtv
 from engine.questions import groups, metrics
 from engine.questions.attribution import attribute
 from engine.questions.effects import Effects
+from engine.questions.knockout import sweep_knockout
+from engine.questions.paths import paths
 from engine.questions.sweeping import sweep
 from engine.tasks import Example, Task
 
@@ -57,10 +59,12 @@ __all__ = [
     "mtv",
     "naive",
     "patch",
+    "paths",
     "plan",
     "prefill",
     "sav",
     "start",
     "sweep",
+    "sweep_knockout",
     "vtv",
 ]

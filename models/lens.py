@@ -47,6 +47,7 @@ HOOKS: dict[Site, tuple[str, ...]] = {
     "scores": ("hook_attn_scores",),
     "pattern": ("hook_pattern",),
 }
+DIFFERENT = 0.05  # of the largest number: more than half precision makes of the same
 TOLERANCE = 1e-3  # of the largest logit, between a bridge and the model it was built from
 
 
@@ -76,8 +77,14 @@ class TransformerLens(HuggingFace):
             tokenizer = bridge.tokenizer
         super().__init__(hf, tokenizer, processor, name, projections)
         self.bridge = bridge
+        self.others: Mapping[Site, str] = {}  # sites that the bridge shows, but not as attention uses them
         # Each by its first name: by an alias, TransformerLens may call a hook once for either name.
         self._hooks: list[str] = [output.hook_in.name for output in outputs]
+
+    def _place(self, name: Site) -> Place:
+        if name in self.others:
+            raise UnsupportedModelError(f"{self.name} has no {name}: {self.others[name]}")
+        return super()._place(name)
 
     def _rule(self, body: Anatomy) -> Capabilities:
         found = super()._rule(body)
@@ -213,7 +220,31 @@ def from_huggingface(
             ) from error
     if (got - want).abs().max() > TOLERANCE * want.abs().max() and model.dtype in (torch.float32, torch.float64):
         raise UnsupportedModelError(f"the TransformerLens bridge of {kind} computes other logits than transformers")
+    model.others = _otherwise_defined(HuggingFace(hf), model, ids[:, :4])
     return model
+
+
+@torch.no_grad()
+def _otherwise_defined(plain: HuggingFace, model: TransformerLens, ids: Tensor) -> dict[Site, str]:
+    """Queries, keys, values that the bridge shows before something is done to them: those of OPT before their scale."""
+    found: dict[Site, str] = {}
+    sites: tuple[Site, ...] = ("q", "k", "v")
+    for site in sites:
+        seen: list[Tensor] = []
+
+        def see(x: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen.append(x.clone())
+            return x
+
+        try:
+            for one in (plain, model):
+                one.forward(ids, {site: {0: see}})
+        except UnsupportedModelError:
+            continue
+        want, got = seen
+        if got.shape != want.shape or (got - want).abs().max() > DIFFERENT * want.abs().max():
+            found[site] = f"what its bridge shows as {HOOKS[site][-1]} is not what attention uses"
+    return found
 
 
 def is_bridge(x: Any) -> bool:

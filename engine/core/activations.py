@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -56,7 +56,7 @@ def capture(
     one, at = as_int(positions) is not None, read_positions(positions)
     wanted = read_sites(model, sites)
     rows = None if patches is None else read_patches(model, patches)
-    chunks = [_capture(model, few, wanted, rows) for few in _groups(model, prompts, at, progress, rows)]
+    chunks = [captured(model, few, wanted, rows) for few in _groups(model, prompts, at, progress, rows)]
     if not chunks:
         raise ValueError("no prompts were given")
     found = {site: _joined([chunk[site] for chunk in chunks]) for site in wanted}
@@ -102,7 +102,7 @@ def mean_activations(
         if world.size > 1:
             packed = [one.packed for few in some for one in able(model, [prompt for prompt, _ in few])]
             world.same({"prompts": _digest(some), "rows packed": [not why for why in packed]})
-        mine = [_capture(model, few, wanted) for few in some[world.share(len(some))]]
+        mine = [captured(model, few, wanted) for few in some[world.share(len(some))]]
         for site, size in sizes.items():
             none = torch.zeros(0, size.n_layers, size.units, size.width, dtype=torch.float64, device=model.device)
             summed = torch.cat([none, *(one[site].double().sum(dim=0)[0] for one in mine)])
@@ -170,15 +170,18 @@ def _digest(groups: Sequence[Group]) -> str:
 
 
 @torch.no_grad()
-def _capture(
-    model: Model, few: Group, sites: Sequence[Site], patch: Patches | None = None
+def captured(
+    model: Model, few: Group, sites: Sequence[Site], patch: Patches | None = None, before: Collection[Site] = ()
 ) -> dict[Site, Float[Tensor, "some rows positions layers units width"]]:
-    """One forward. Prompts are packed with their rows, one if nothing is patched, from the first wanted token on."""
+    """One forward. Prompts are packed with their rows, one if nothing is patched, from the first wanted token on.
+
+    before: sites of which is kept what the model computes there, not what patches make of it.
+    """
     every = sorted({*sites, *(patch.sites if patch else ())})
     found = zip(few, able(model, [prompt for prompt, _ in few], sites=every), strict=True)
     plain = any(prompt.prompt.inputs or can.why_not("packed", len(prompt.tokens), every) for (prompt, _), can in found)
     if (plain or not {"scores", "pattern"}.isdisjoint(every)) and len(few) > 1:
-        chunks = [_capture(model, [one], sites, patch) for one in few]
+        chunks = [captured(model, [one], sites, patch, before) for one in few]
         return {site: _joined([chunk[site] for chunk in chunks]) for site in sites}
     prompts, n_tokens, n_layers = [p for p, _ in few], len(few[0][0].tokens), model.shape.n_layers
     first = [min(at) if patch is None else min(*at, *patch.at(len(p.tokens))) for p, at in few]
@@ -195,7 +198,7 @@ def _capture(
         kept[site].append(pad(here, (0, width, 0, units if site != "z" else 0)).to(model.device))
 
     edits = {} if patch is None else make_edits(model, placed(patch, n_tokens, starts[0]), len(few), n_tokens)
-    edits = keeping(edits, sites, n_layers, keep)
+    edits = keeping(edits, sites, n_layers, keep, before)
     if plain:
         inputs = few[0][0].prompt.inputs
         model.forward(few[0][0].tokens.expand(n_rows, -1), edits, inputs=inputs)

@@ -31,11 +31,11 @@ class Budget:
         self._kept = 2 * shape.n_layers * shape.n_kv_heads * shape.head_dim * size
         self.most = 2**31
 
-    def rows(self, prompt: Prefix, position: int) -> int:
-        """Of a prompt, patched at a position."""
+    def rows(self, prompt: Prefix, position: int, more: int = 0) -> int:
+        """Of a prompt, patched from a position on. more: bytes that a row takes beside."""
         n_tokens = len(prompt.tokens)
         split = shareable(prompt, position % n_tokens)
-        row = prompt.places * self._row + (n_tokens - split) * (self._token + n_tokens * self._key)
+        row = more + prompt.places * self._row + (n_tokens - split) * (self._token + n_tokens * self._key)
         return self.bytes // row
 
     def answers(self, n_tokens: int) -> int:

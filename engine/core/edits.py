@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -88,8 +88,14 @@ def at_tokens(change: Change, n_tokens: int, first: int = 0) -> Tokens:
     return sorted(by_token.items())
 
 
-def keeping(edits: Edits, sites: Sequence[Site], n_layers: int, keep: Callable[[Site, int, Tensor], object]) -> Edits:
-    """The edits; and keep(site, layer, x) is given what they leave at these sites."""
+def keeping(
+    edits: Edits,
+    sites: Sequence[Site],
+    n_layers: int,
+    keep: Callable[[Site, int, Tensor], object],
+    before: Collection[Site] = (),
+) -> Edits:
+    """The edits; and keep(site, layer, x) is given what they leave at these sites; at some of them, what they meet."""
 
     def kept(site: Site, layer: int, x: Tensor) -> Tensor:
         keep(site, layer, x)
@@ -100,7 +106,8 @@ def keeping(edits: Edits, sites: Sequence[Site], n_layers: int, keep: Callable[[
         by_layer = found.setdefault(site, {})
         for layer in range(n_layers):
             here: Edit = partial(kept, site, layer)
-            by_layer[layer] = in_order([by_layer[layer], here]) if layer in by_layer else here
+            both = [by_layer[layer], here] if layer in by_layer else [here]
+            by_layer[layer] = in_order(both[::-1] if site in before else both)
     return found
 
 

@@ -271,9 +271,9 @@ def _by_row_and_position(x: Tensor, size: SiteShape, rows: int, positions: int, 
     return x if x.ndim == 5 else x[None, None]
 
 
-def read_means(model: Model, means: Values) -> Float[Tensor, "layers heads head_dim"]:
-    """Values of all heads, for all rows and positions."""
-    size = SiteShape(model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
+def read_means(model: Model, means: Values, site: Site = "z") -> Float[Tensor, "layers units width"]:
+    """Values of all units of a site, for all rows and positions."""
+    size = read_site(model, site)
     found = read_values(model, means, size, torch.ones(1, size.n_layers, size.units, dtype=torch.bool))
     if len(shape := list(getattr(means, "shape", ()))) != 3:
         raise ValueError(f"means must have shape {[size.n_layers, size.units, size.width]}, got {shape}")

@@ -11,12 +11,13 @@ from torch import Tensor
 from engine.core.prefix import Prefix, as_prefix
 from engine.distributed import digest
 from engine.questions.effects import Effects
+from engine.questions.groups import Units
 from engine.questions.origins import Origin
 from engine.questions.scoring import Answers, Scoring
 from engine.questions.where import Where
 from engine.tasks.scoring import Example, ExampleLike, as_example
 from models import Model, PromptLike
-from models.shapes import Bool, Float
+from models.shapes import Float
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,29 +49,32 @@ class Asked:
             model=self.model.name,
             metric=self.scoring.metric,
             values=self.origin.described,
-            positions=list(self.where.at),
-            data=digest(tokens, self.scoring.targets, self.scoring.others, *pixels),
+            site=self.where.site,
+            positions=self.where.described,
+            data=digest(tokens, self.where.spots, self.scoring.targets, self.scoring.others, *pixels),
         )
 
     def effects(
         self,
-        patched: Float[Tensor, "prompts positions units"],
+        patched: Float[Tensor, "prompts spots units"],
         clean: Float[Tensor, " prompts"],
+        units: Units,
         reference: Float[Tensor, " prompts"] | None = None,
-        groups: Mapping[str, Bool[Tensor, "layers heads"]] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> Effects:
         """The result of all prompts."""
-        shape = (self.model.shape.n_layers, self.model.shape.n_heads) if groups is None else (len(groups),)
-        patched = patched.unflatten(2, shape)
+        where, names = self.where, units.names
+        patched = patched.unflatten(2, units.shape)
         return Effects(
-            patched if self.where.several else patched[:, 0],
+            patched if where.names is not None else patched[:, 0],
             clean,
             reference,
-            groups=groups,
-            positions=list(self.where.at) if self.where.several else None,
+            groups=None if units.masks is None or names is None else dict(zip(names, units.masks, strict=True)),
+            positions=None if where.names is None else list(where.names),
             metric=self.scoring.metric,
             metadata={**self.known, **(metadata or {}), "prompts": len(self.prompts)},
+            site=where.site,
+            tokens=where.labels(self.prompts),
         )
 
 

@@ -1,14 +1,14 @@
-"""Attribution patching: the effect of every head at once, estimated from gradients of the metric.
+"""Attribution patching: the effect of every unit at once, estimated from gradients of the metric.
 
-    effect[n, l, h]  =  sum_d  g[l, h, d] * (new - z)[l, h, d]
+    effect[n, p, l, u]  =  sum_w  g[p, l, u, w] * (new - x)[p, l, u, w]
 
-z are the activations of the patched token, new what a sweep would put there, and g the gradient of the metric with
-respect to something added to z[l, h], later layers free to respond: of the unpatched run (steps = 1), or its mean over
+x are the activations of the patched token, new what a sweep would put there, and g the gradient of the metric with
+respect to something added to x[l, u], later layers free to respond: of the unpatched run (steps = 1), or its mean over
 a path (steps > 1).
 
-The path is straight: at its point a, 0 <= a <= 1, every head's output is shifted by a (new - z) at once, z being those
-of the unpatched run. The k points are the midpoints a = (i - 1/2) / k. With enough of them the effects of all heads sum
-to the metric with all heads shifted by new - z less that of the unpatched run (completeness of integrated gradients).
+The path is straight: at its point a, 0 <= a <= 1, every unit's output is shifted by a (new - x) at once, x being those
+of the unpatched run. The k points are the midpoints a = (i - 1/2) / k. With enough of them the effects of all units sum
+to the metric with all units shifted by new - x less that of the unpatched run (completeness of integrated gradients).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from torch import Tensor
 
 from engine.core.budget import Budget
 from engine.core.checking import able
-from engine.core.patches import Positions
+from engine.core.patches import Patch
 from engine.progress import track
 from engine.questions.asked import Asked, read_prompts
 from engine.questions.effects import Effects
+from engine.questions.groups import existing, read_groups
 from engine.questions.metrics import Metric
 from engine.questions.origins import Ablation, read_origin
 from engine.questions.runs import Runs
 from engine.questions.scoring import Answers, read_scoring
-from engine.questions.where import read_where
+from engine.questions.where import Places, computed, read_where
 from engine.tasks.scoring import ExampleLike, Scored
-from models import Model, PromptLike, UnsupportedModelError
+from models import Model, PromptLike, Site, UnsupportedModelError
 from models.reading import read_int
-from models.shapes import Float, Integer
+from models.shapes import Bool, Float, Integer
 
 
 def attribute(
@@ -46,18 +47,20 @@ def attribute(
     targets: Answers = None,
     others: Answers = None,
     scored: Scored = "answer",
-    positions: Positions = -1,
+    site: Site = "z",
+    positions: Places = -1,
     steps: Integer = 1,
     memory: Integer | None = None,
     seed: Integer = 0,
     progress: bool = True,
 ) -> Effects:
-    """The effect of patching each head alone, estimated for all heads by one forward and one backward pass a prompt.
+    """The effect of patching each unit alone, estimated for all units by one forward and one backward pass a prompt.
 
     The arguments are those of `engine.sweep`, which computes what is estimated here, and
-    steps: 1: the gradient of the unpatched run (default). More: its mean over so many points of the straight path on
-           which all heads are shifted at once by what patching each would change; all of them rows of one pass.
-           Their effects sum to that of shifting all heads; the effect of one head alone may be estimated worse.
+    steps: 1: the gradient of the unpatched run (default), for all positions in one pass. More: its mean over so many
+           points of the straight path on which all units are shifted at once by what patching each would change; all
+           of them rows of one pass, a pass a position. Their effects sum to that of shifting all units; the effect of
+           one unit alone may be estimated worse.
 
     Returns `Effects` as `engine.sweep` does, but `patched` is no run: it is clean plus the estimate, so that `effect`
     is the estimate. `clean` and `reference` are exact. Half-precision models give half-precision gradients.
@@ -83,43 +86,59 @@ def attribute(
         raise ValueError("the gradient of 'kl' is 0 at the unpatched run, where it is least: give steps > 1")
     with torch.inference_mode(False), torch.no_grad():
         given, ready, targets = read_prompts(model, prompts, targets)
-        where = read_where(ready, positions)
+        where = read_where(ready, site, positions)
         origin = read_origin(ready, where, values, source, seed=seed)
         asked = Asked(ready, where, origin, read_scoring(model, given, metric, targets, others, scored))
-        budget = Budget(model, memory, graph=True)
-        units = model.shape.n_layers * model.shape.n_heads
-        patched = torch.empty(len(ready), len(where.at), units, dtype=torch.float64)
+        budget, units = Budget(model, memory, graph=True), read_groups(model, "units", site)
+        patched = torch.empty(len(ready), len(where.spots[0]), len(units), dtype=torch.float64)
         clean, reference = patched.new_empty(len(ready)), patched.new_empty(len(ready)) if origin.sources else None
-        able(model, ready)
+        able(model, ready, sites={site})
         for n in track(range(len(ready)), "attribution", progress):
-            prompt, (new, source_run) = where.computed(ready[n]), origin.into(n)
-            change = new.to(model.device) - where.activations(prompt)  # [P, L, H, D]
-            for p, position in enumerate(where.at):
-                gradient, score, logits = _gradient(Runs(asked.scoring, n, prompt, position), change[p], steps, budget)
+            spots = where.at(n, len(ready[n].tokens))
+            prompt, (new, source_run) = computed(ready[n], min(map(min, spots))), origin.into(n)
+            change = new.to(model.device) - where.activations(n, prompt)  # [spots, tokens, L, U, W]
+            # Spots of a token each share a pass: at the unpatched run each gradient knows nothing of the others.
+            alone = [[s] for s in range(len(spots))]
+            for some in [list(range(len(spots)))] if steps == 1 and len(spots[0]) == 1 else alone:
+                at = sorted({token for s in some for token in spots[s]})
+                shifts = {token: x for s in some for token, x in zip(spots[s], change[s], strict=True)}
+                runs = Runs(asked.scoring, n, prompt, at[0])
+                gradient, score, logits = _gradient(
+                    runs, site, at, torch.stack([shifts[t] for t in at]), existing(units.size), steps, budget
+                )
                 clean[n] = score
-                patched[n, p] = clean[n] + (gradient * change[p].double()).sum(dim=-1).flatten().cpu()
+                for s in some:
+                    mine = gradient[[at.index(token) for token in spots[s]]]  # [tokens, L, U, W]
+                    patched[n, s] = clean[n] + (mine * change[s].double()).sum(dim=(0, -1)).flatten().cpu()
             if reference is not None and source_run is not None:
                 reference[n] = Runs(asked.scoring, n, source_run).scores(logits)[0]
-        return asked.effects(patched, clean, reference, metadata={"estimate": "attribution patching", "steps": steps})
+        estimate = {"estimate": "attribution patching", "steps": steps}
+        return asked.effects(patched, clean, units, reference, metadata=estimate)
 
 
 def _gradient(
-    runs: Runs, difference: Float[Tensor, "layers heads head_dim"], steps: int, budget: Budget
-) -> tuple[Float[Tensor, "layers heads head_dim"], Float[Tensor, ""], Float[Tensor, " vocab"]]:
+    runs: Runs,
+    site: Site,
+    at: Sequence[int],
+    difference: Float[Tensor, "tokens layers units width"],
+    every: Bool[Tensor, "layers units"],
+    steps: int,
+    budget: Budget,
+) -> tuple[Float[Tensor, "tokens layers units width"], Float[Tensor, ""], Float[Tensor, " vocab"]]:
     """The mean of the metric's gradient over the path; and of the unpatched run the metric and the logits."""
     # The first row is the unpatched run, of which more steps take no gradient.
     points = torch.cat([torch.zeros(1), (torch.arange(steps) + 0.5) / steps]) if steps > 1 else torch.zeros(1)
-    heads = torch.ones(len(points), *difference.shape[:2], dtype=torch.bool)
     total = torch.zeros_like(difference, dtype=torch.float64)
     clean: tuple[Tensor, Tensor] | None = None
 
     def run(runs: Runs, some: slice) -> None:
         nonlocal clean
-        shift = points[some].to(difference)[:, None, None, None] * difference  # [rows, L, H, D]
+        shift = points[some].to(difference)[:, None, None, None, None] * difference  # [rows, tokens, L, U, W]
         with torch.enable_grad():
             shift.requires_grad_()
             before = clean[1] if clean and some.start else None
-            scores, logits = runs.scores(before, heads=heads[some], values=shift, mode="add")
+            patch = Patch(site, every.expand(len(shift), -1, -1), shift, at, "add")
+            scores, logits = runs.scores(before, [patch])
             gradient = _derivative(scores, shift)
             if gradient is None:
                 raise _without(runs.prompt.model, recorded=_derivative(logits, shift) is not None)

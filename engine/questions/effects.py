@@ -33,8 +33,8 @@ class Effects:
     """The metric of N prompts, patched unit by unit. A unit is a head, neuron or layer (of a site with one vector a
     layer), or a named group of them; at several positions, each of them is one unit more.
 
-    patched:   metric of each patched run: [N, L, U], or [N, L] of a site with one unit a layer; [N, G] for G groups; with
-               an axis for P positions after the first, [N, P, ...].
+    patched:   metric of each patched run: [N, L, U], or [N, L] of a site with one unit a layer; [N, G] for G groups;
+               with an axis for P positions after the first, [N, P, ...].
     clean:     metric of the unpatched run of each prompt.
     reference: metric of the run that the activations came from, where there is one.
     groups:    name and mask of each group, in the order of `patched`, or names alone; None for single units.
@@ -200,8 +200,8 @@ class Effects:
         return spearman(self.mean, other.mean if isinstance(other, Effects) else other.detach().cpu().double())
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A row for each prompt and unit: prompt, position, layer and head, neuron or group, patched, clean, effect, and with a
-        reference, reference and normalised. Raises ImportError without pandas.
+        """A row for each prompt and unit: prompt, position, layer and head, neuron or group, patched, clean, effect,
+        and with a reference, reference and normalised. Raises ImportError without pandas.
         """
         pandas = needed("pandas", "data frames")
         n, units = len(self.patched), len(self._units)

@@ -15,7 +15,7 @@ from engine.core.patches import Mode
 from engine.core.prefix import Prefix, as_prefix
 from engine.core.reading import read_means, read_mode
 from engine.distributed import digest
-from engine.questions.where import Where
+from engine.questions.where import Where, check_pair, computed, same_length
 from models import PromptLike
 from models.reading import read_seed, read_tensor
 from models.shapes import Float, Integer
@@ -27,8 +27,8 @@ Ablation: TypeAlias = Literal["zero", "mean", "resample"]
 class Origin:
     """Where the values come from that are patched into each prompt.
 
-    prompts: what is patched. where: activations are taken.
-    values:  one set for all prompts, or one a prompt; or an ablation. None: sources say what is patched in.
+    prompts: what is patched. where: activations are taken, at which site.
+    values:  one set for all prompts, [L, U, W], or one a prompt; or an ablation. None: sources say what is patched in.
     sources: a prompt for each prompt, or none.
     mode:    "replace" what is there, or "add" to it. seed: of "resample".
     """
@@ -41,25 +41,31 @@ class Origin:
     seed: int
 
     @torch.no_grad()
-    def into(self, n: int) -> tuple[Float[Tensor, "positions layers heads head_dim"], Prefix | None]:
-        """What is patched into prompt n at each position; and the prompt it came from, if a source."""
+    def into(self, n: int) -> tuple[Float[Tensor, "spots tokens layers units width"], Prefix | None]:
+        """What is patched into prompt n at each spot; and the prompt it came from, if a source."""
         if self.sources:
-            whole = self.where.computed(self.sources[n])
-            return self.where.activations(whole), whole
+            last = max(at for spot in self.where.at(n, len(self.sources[n].tokens)) for at in spot)
+            whole = computed(self.sources[n], last)
+            return self.where.activations(n, whole), whole
         if isinstance(self.values, Tensor):
             one = self.values[n] if self.values.ndim == 4 else self.values
-            return one.expand(len(self.where.at), *one.shape), None
+            return one.expand(*self._spots(n), *one.shape), None
         if self.values == "resample":
-            return self.where.activations(self.prompts[self.partners[n]]), None
+            other = self.partners[n]
+            return self.where.activations(other, self.prompts[other]), None
         if self.values == "mean":
             return self.means, None
-        shape = self.prompts[n].model.shape
-        return torch.zeros(len(self.where.at), shape.n_layers, shape.n_heads, shape.head_dim), None
+        size = self.prompts[n].model.site(self.where.site)
+        return torch.zeros(1, 1, size.n_layers, size.units, size.width).expand(*self._spots(n), -1, -1, -1), None
+
+    def _spots(self, n: int) -> tuple[int, int]:
+        return len(self.where.spots[n]), len(self.where.spots[n][0])
 
     @cached_property
-    def means(self) -> Float[Tensor, "positions layers heads head_dim"]:
+    def means(self) -> Float[Tensor, "spots tokens layers units width"]:
         """Of the prompts' own activations; summed in float64."""
-        total = reduce(torch.add, (self.where.activations(prompt).double() for prompt in self.prompts))
+        each = (self.where.activations(n, prompt).double() for n, prompt in enumerate(self.prompts))
+        total = reduce(torch.add, each)
         return (total / len(self.prompts)).to(torch.promote_types(self.prompts[0].model.dtype, torch.float32))
 
     @cached_property
@@ -100,11 +106,15 @@ def read_origin(
         if given.ndim == 4 and len(given) != len(prompts):
             raise ValueError(f"values must be one set, or one for each of {len(prompts)} prompts: got {len(given)}")
         for some in given if given.ndim == 4 else [given]:
-            read_means(model, some)
+            read_means(model, some, where.site)
     elif given is not None and given not in get_args(Ablation):
         raise ValueError(f"values must be a tensor or one of {get_args(Ablation)}, got {values!r:.80}")
     elif given == "resample" and len(prompts) < 2:
         raise ValueError("'resample' takes activations of another prompt: give two at least")
+    elif given == "zero" and where.site == "pattern":
+        raise ValueError("a pattern of zeros is none: engine.sweep_knockout keeps tokens from seeing others")
+    elif given in ("mean", "resample") and (where.site == "pattern" or len(where.spots[0][0]) > 1):
+        same_length([len(prompt.tokens) for prompt in prompts], f"with {given!r} of {where.described} at {where.site}")
     return Origin(prompts, where, given, sources, mode, read_seed(seed))
 
 
@@ -115,9 +125,6 @@ def _read_sources(prompts: Sequence[Prefix], source: Sequence[PromptLike] | None
         raise ValueError(f"source must be a prompt for each of {len(prompts)} prompts, got {source!r:.80}")
     sources = [as_prefix(prompts[0].model, one) for one in source]
     for n, (one, other) in enumerate(zip(prompts, sources, strict=True)):
-        if len(one.tokens) != len(other.tokens) and any(position != -1 for position in where.at):
-            raise ValueError(
-                f"prompt {n} has {len(one.tokens)} tokens, its source {len(other.tokens)}: "
-                f"at positions {list(where.at)} they must match (at -1 they need not)"
-            )
+        if not where.only_last or where.site == "pattern":
+            check_pair(n, one, other, f"at positions {where.described} of {where.site}")
     return sources

@@ -98,3 +98,14 @@ def test_all_positions_of_a_head(both):
 
 def test_all_sites_are_named():
     assert {*BY_LAYER, *BY_HEAD} < set(get_args(models.Site))
+
+
+def test_queries_shown_before_they_are_scaled():
+    """OPT scales its queries before attention sees them, TransformerLens shows them before: not the same site."""
+    plain, bridged = wrapped("opt"), wrapped("opt", torch.float32, "transformer_lens")
+    with pytest.raises(models.UnsupportedModelError, match=r"has no q: what its bridge shows as hook_q is not what"):
+        bridged.site("q")
+    ids = list(range(5, 17))
+    patch = engine.Patch("k", [(0, 1), (2, 0)], torch.ones(3, plain.site("k").units, plain.site("k").width), [-1, -3])
+    got, want = engine.patch(bridged, ids, patch), engine.naive.patch(plain, ids, patch)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
