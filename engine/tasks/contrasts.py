@@ -124,8 +124,8 @@ def contrast(
     Raises ValueError for an unknown task, a model without a tokenizer, a count below 1, more pairs than there are, or a
     tokenizer that has not the words, or cuts them where they would not align.
 
-    Source: IOI, arXiv 2211.00593, section 2; greater-than, arXiv 2305.00586; agreement, arXiv 1611.01368, section 2, and
-    arXiv 2106.06087; facts and the last token of the subject, arXiv 2202.05262, section 2. The wording is our own.
+    Source: IOI, arXiv 2211.00593, section 2; greater-than, arXiv 2305.00586; agreement, arXiv 1611.01368, section 2,
+    and arXiv 2106.06087; facts and the last token of the subject, arXiv 2202.05262, section 2. The wording is our own.
 
     >>> pairs = engine.tasks.contrast("ioi", model, count=4)
     >>> all(model.encode(a).shape == model.encode(b).shape for a, b in zip(pairs.prompts, pairs.source))
