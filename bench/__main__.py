@@ -20,6 +20,7 @@ import models
 from bench import answers as answers_case
 from bench import by_site, report
 from bench import compare as compare_runs
+from bench import contrasts as contrasts_case
 from bench import estimators as estimators_case
 from bench import exactness as exactness_case
 from bench import families as families_case
@@ -39,6 +40,7 @@ from bench.shapes import SHAPES
 from bench.suite import TOLERANCE, Settings, grid
 from bench.suite import run as run_suite
 from engine.artifacts import write_whole
+from engine.tasks import CONTRASTS
 from models.opening import Backend
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -254,6 +256,19 @@ def answers(
     out.print(answers_case.table(records))
     if write is not None:
         write_whole(write, answers_case.markdown(records))
+
+
+@app.command()
+def contrasts(
+    model: str = "smollm2-135m",
+    names: Annotated[str, typer.Option("--tasks", help="Separated by commas.")] = ",".join(CONTRASTS),
+    count: Annotated[int, typer.Option(help="Pairs of a task and seed.")] = 50,
+    seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3,
+) -> None:
+    """Logit differences of the shipped contrasts: can the model do them?"""
+    records = contrasts_case.measure(models.load(model), _read("--tasks", names, CONTRASTS), count, seeds)
+    print(contrasts_case.markdown(records))
+    _record("contrasts", records)
 
 
 @app.command()

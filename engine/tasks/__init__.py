@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 from engine.tasks import easy_vqa, pairs, two_way, vqa
+from engine.tasks.contrasts import CONTRASTS, Contrast, contrast
 from engine.tasks.pairs import SHIPPED, Pair, Split, Task
 from engine.tasks.pictures import PictureTask, Question, Questions
 from engine.tasks.scoring import (
@@ -84,8 +85,10 @@ def load(name: str | Path, folder: str | Path | None = None) -> Task | PictureTa
 
 
 __all__ = [
+    "CONTRASTS",
     "PICTURES",
     "SHIPPED",
+    "Contrast",
     "Example",
     "Pair",
     "PictureTask",
@@ -95,6 +98,7 @@ __all__ = [
     "Task",
     "answer_losses",
     "answer_tokens",
+    "contrast",
     "first_token",
     "first_token_hits",
     "first_token_losses",
