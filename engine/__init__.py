@@ -21,7 +21,7 @@ from engine.core.prefix import Prefix, PrefixPool, prefill
 from engine.core.rowstep import RowStep
 from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
-from engine.questions import groups, metrics
+from engine.questions import circuits, groups, metrics
 from engine.questions.attribution import attribute
 from engine.questions.effects import Effects
 from engine.questions.knockout import sweep_knockout
@@ -46,6 +46,7 @@ __all__ = [
     "TaskVector",
     "attribute",
     "capture",
+    "circuits",
     "cost",
     "distributed",
     "evaluate",

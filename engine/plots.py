@@ -119,6 +119,23 @@ def scores(path: str | Path, values: Mapping[str, Mapping[str, Sequence[float]]]
     _save(figure, path)
 
 
+def faithfulness(
+    path: str | Path,
+    sizes: Sequence[float],
+    values: Float[Tensor, " sizes"],
+    band: tuple[Float[Tensor, " sizes"], Float[Tensor, " sizes"]] | None = None,
+    title: str = "",
+) -> None:
+    """Faithfulness by the share of items that are kept, as PNG; the whole model's is 1."""
+    figure, axes = _figure(6.0, 3.6)
+    axes.plot(sizes, values, marker="o", color=COLORS[0])
+    if band is not None:
+        axes.fill_between(sizes, band[0], band[1], color=COLORS[0], alpha=0.2, linewidth=0)
+    axes.axhline(1, linestyle="--", linewidth=1, color="#999999")
+    axes.set(xlabel="share of the items kept", ylabel="faithfulness", xscale="log", title=title)
+    _save(figure, path)
+
+
 def scaling(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[float]]], title: str = "") -> None:
     """Accuracy by the number of examples behind the means, a line a task: mean over seeds, band of one deviation."""
     figure, axes = _figure(6.5, 3.8)

@@ -186,8 +186,6 @@ class Effects:
         (position, layer, head), (position, layer) or (position, name). Raises ValueError for fewer than one or more
         than there are.
         """
-        if by not in get_args(Ranking):
-            raise ValueError(f"by must be one of {get_args(Ranking)}, got {by!r}")
         return [self._units[i] for i in self._best(k, by)]
 
     def rank_correlation(self, other: Effects | Float[Tensor, "..."]) -> float:
@@ -325,6 +323,8 @@ class Effects:
         return one_a_prompt.reshape(-1, *[1] * (self.patched.ndim - 1))
 
     def _best(self, k: Integer, by: Ranking) -> list[int]:
+        if by not in get_args(Ranking):
+            raise ValueError(f"by must be one of {get_args(Ranking)}, got {by!r}")
         means, k = self.mean.flatten(), read_int(k, "k", None)
         if not 1 <= k <= len(means):
             raise ValueError(f"the top must be of 1 to {len(means)} units, which is how many there are, got {k}")

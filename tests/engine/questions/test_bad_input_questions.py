@@ -112,3 +112,42 @@ def test_knockout(idle, keys, more, error, words):
 def test_sites_that_a_model_has_not(tiny):
     with pytest.raises(models.UnsupportedModelError, match="has no pattern"):
         engine.sweep(tiny("gptj"), IDS, site="pattern", **options())
+
+
+RANKED = engine.Effects(torch.rand(2, 3, 6), torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("ranking", "more", "words"),
+    [
+        ([], {}, ["ranking must be effects"]),
+        ("z", {}, ["ranking must be effects"]),
+        (engine.Effects(torch.rand(2, 4, 6), torch.zeros(2)), {}, ["must be of [3, 6]"]),
+        (engine.Effects(torch.rand(2, 1, 3, 6), torch.zeros(2), positions=[0]), {}, ["by positions"]),
+        (engine.Effects(torch.rand(2, 2), torch.zeros(2), groups=["a", "b"]), {}, ["names alone"]),
+        (
+            engine.Effects(torch.rand(2, 1), torch.zeros(2), groups={"a": torch.ones(3, 6).bool()}, site="k"),
+            {},
+            ["[3, 2]"],
+        ),
+        (RANKED, dict(sizes=(0.5, 0.1)), ["sizes must be shares", "ascending"]),
+        (RANKED, dict(sizes=(0.5, 50)), ["sizes must be shares"]),
+        (RANKED, dict(sizes=()), ["sizes must be shares"]),
+        (RANKED, dict(by="size"), ["by must be one of"]),
+        (RANKED, dict(positions=[1, 2]), ["at one token, or at all together"]),
+        (RANKED, dict(source=None), ["either values or source"]),
+        (RANKED, dict(source=SHORT), ["prompt 1 has 5 tokens, its source 3"]),
+        (RANKED, dict(metric="logit_difference"), ["needs others"]),
+    ],
+)
+def test_faithfulness(idle, ranking, more, words):
+    with refused(idle, ValueError, *words):
+        engine.circuits.faithfulness(idle, IDS, ranking, **options(metric="probability") | more)
+
+
+def test_circuits_of_too_many(idle):
+    for verb in (engine.circuits.completeness, engine.circuits.minimality):
+        with refused(idle, ValueError, "at most 18 items", "got 19"):
+            verb(idle, IDS, RANKED, 19, **options(metric="probability"))
+        with refused(idle, TypeError, "unexpected keyword argument 'window'"):
+            verb(idle, IDS, RANKED, 9, **options(metric="probability", window=3))
