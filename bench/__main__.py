@@ -28,6 +28,7 @@ from bench import generation as generation_case
 from bench import memory as memory_case
 from bench import pictures as pictures_case
 from bench import positions as positions_case
+from bench import questions as questions_case
 from bench import records as records_of
 from bench import search as search_case
 from bench import sites as sites_case
@@ -213,15 +214,25 @@ def positions(model: str = "smollm2-135m", rounds: int = 3) -> None:
 
 @app.command()
 def sites(model: str = "smollm2-135m", rounds: int = 3, tokens: int = 512) -> None:
-    """32 rows of every site against the loop of hooked forwards; every layer at every token of 16, and of 64."""
+    """32 rows of every site against the loop of hooked forwards."""
+    result = sites_case.rows(models.load(model), tokens=tokens, rounds=rounds)
+    _show("sites", f"32 rows, T={tokens}: the loop over ours, {model}", result)
+
+
+@app.command()
+def questions(model: str = "smollm2-135m", rounds: int = 3) -> None:
+    """Causal tracing, heads at all tokens, path patching and faithfulness against loops of hooked forwards."""
     opened = models.load(model)
-    _show(
-        "sites",
-        f"32 rows, T={tokens}: the loop over ours, {model}",
-        sites_case.rows(opened, tokens=tokens, rounds=rounds),
-    )
-    for few in (16, 64):
-        _show("trace", f"resid_pre, layers x {few} positions, {model}", sites_case.trace(opened, few, rounds))
+    for ask in (questions_case.trace, questions_case.heads, questions_case.paths, questions_case.curve):
+        _show(ask.__name__, f"{ask.__name__}, {model}", ask(opened, rounds=rounds))
+
+
+@app.command()
+def circuits(model: str = "smollm2-135m", seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3) -> None:
+    """CPR and CMD of circuits of IOI by what ranks their heads, or edges: on pairs that the ranking did not see."""
+    result = questions_case.areas(models.load(model), range(seeds))
+    out.print(questions_case.table(result))
+    _record("circuits", result)
 
 
 @app.command()

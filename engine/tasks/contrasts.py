@@ -40,9 +40,10 @@ class Contrast:
 
     >>> pairs = engine.tasks.contrast("agreement", model, count=8)
     >>> given = dict(metric="logit_difference", targets=pairs.targets, others=pairs.others)
-    >>> effects = engine.sweep(model, pairs.prompts, source=pairs.source, groups="layers", progress=False, **given)
-    >>> effects.patched.shape == (8, model.shape.n_layers)
-    True
+    >>> more = dict(site="resid_pre", positions=pairs.positions, progress=False)
+    >>> effects = engine.sweep(model, pairs.prompts, source=pairs.source, **given, **more)
+    >>> effects.positions
+    ['subject', 'attractor', 'end']
     """
 
     name: str
@@ -63,18 +64,6 @@ class Contrast:
         """
         lists: dict[str, Any] = {field: [getattr(self, field)[n] for n in which] for field in _PARALLEL}
         return replace(self, **lists, positions={name: [at[n] for n in which] for name, at in self.positions.items()})
-
-    def alike(self) -> list[Contrast]:
-        """The pairs in parts, every position the same in all prompts of a part: a sweep takes one for all its prompts.
-
-        >>> pairs = engine.tasks.contrast("ioi", model, count=8)
-        >>> [set(part.positions["S2"]).__len__() for part in pairs.alike()] == [1] * len(pairs.alike())
-        True
-        """
-        found: dict[tuple[int, ...], list[int]] = {}
-        for n, places in enumerate(zip(*self.positions.values(), strict=True)):
-            found.setdefault(places, []).append(n)
-        return [self.take(which) for which in found.values()]
 
     @torch.no_grad()
     def differences(self, model: Model) -> Float[Tensor, "2 pairs"]:

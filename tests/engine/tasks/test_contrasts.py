@@ -146,14 +146,11 @@ def test_seeds(smollm2, drawn, name):
 
 @pytest.mark.parametrize("name", CONTRASTS)
 def test_same_length(smollm2, name):
-    """All of one length: a sweep takes every position of it; parts that are alike have every position in common."""
+    """All of one length: a sweep takes every position of it."""
     pairs = engine.tasks.contrast(name, smollm2, count=12, same_length=True)
     lengths = {len(smollm2.tokenizer(text)["input_ids"]) for text in pairs.prompts + pairs.source}
     assert len(pairs) == 12
     assert lengths == {pairs.positions["end"][0] + 1}
-    parts = pairs.alike()
-    assert sorted(prompt for part in parts for prompt in part.prompts) == sorted(pairs.prompts)
-    assert all(len(set(at)) == 1 for part in parts for at in part.positions.values())
 
 
 @pytest.mark.parametrize("name", CONTRASTS)
@@ -177,8 +174,10 @@ def test_smollm2_can_do_it(smollm2, drawn, name):
 def test_a_sweep_takes_them(smollm2):
     """Every layer's heads together at the end, from the partner: clean and reference are the differences."""
     pairs = engine.tasks.contrast("agreement", smollm2, count=2)
-    given = dict(metric="logit_difference", targets=pairs.targets, others=pairs.others, groups="layers")
-    effects = engine.sweep(smollm2, pairs.prompts, source=pairs.source, progress=False, **given)
+    given = dict(metric="logit_difference", targets=pairs.targets, others=pairs.others, progress=False)
+    where = dict(site="resid_pre", positions=pairs.positions)
+    effects = engine.sweep(smollm2, pairs.prompts, source=pairs.source, **where, **given)
+    assert effects.patched.shape == (2, 3, 30)
     clean, corrupted = pairs.differences(smollm2)
     torch.testing.assert_close(effects.clean.float(), clean, atol=1e-3, rtol=0)
     torch.testing.assert_close(effects.reference.float(), corrupted, atol=1e-3, rtol=0)
@@ -206,5 +205,4 @@ def test_years_of_two_digits():
 def test_take():
     pairs = Contrast("mine", ["a", "b", "c"], ["d", "e", "f"], ["1", "2", "3"], ["4", "5", "6"], {"end": [0, 1, 0]})
     assert pairs.take([2, 0]) == Contrast("mine", ["c", "a"], ["f", "d"], ["3", "1"], ["6", "4"], {"end": [0, 0]})
-    assert pairs.alike() == [pairs.take([0, 2]), pairs.take([1])]
     assert len(pairs.take([])) == 0
