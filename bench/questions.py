@@ -120,7 +120,11 @@ class Plain:
 
     def held(self, own: Sequence[Tensor], after: int) -> list[Hook]:
         """All heads of later layers, as they were."""
-        return [(self.outputs[i], False, lambda _, i=i: own[i]) for i in range(after + 1, len(self.outputs))]
+
+        def put(_: Tensor, layer: int) -> Tensor:
+            return own[layer]
+
+        return [(self.outputs[i], False, partial(put, layer=i)) for i in range(after + 1, len(self.outputs))]
 
 
 def compared(
