@@ -1,4 +1,6 @@
-"""The command line: `headpatch extract` finds a task vector, `apply` answers with it; `fv` finds a function vector."""
+"""The command line: `headpatch extract` finds a task vector, `apply` answers with it; `fv` finds a function vector;
+`trace` and `circuit` say which parts of a model carry an answer.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ try:
 except ImportError as error:
     raise SystemExit("the command line needs its extra: pip install 'headpatch[cli]'") from error
 
+from engine.cli.asking import circuit, trace
 from engine.cli.console import plain_errors
 from engine.cli.experimenting import experiment
 from engine.cli.extracting import extract
@@ -15,5 +18,5 @@ from engine.cli.vectors import apply, fv, info
 __all__ = ["app", "plain_errors"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for command in (extract, fv, apply, info, experiment):
+for command in (extract, fv, apply, info, trace, circuit, experiment):
     app.command()(command)
