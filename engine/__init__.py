@@ -25,6 +25,7 @@ from engine.questions import circuits, groups, metrics
 from engine.questions.attribution import attribute
 from engine.questions.effects import Effects
 from engine.questions.knockout import sweep_knockout
+from engine.questions.pages import Page
 from engine.questions.paths import paths
 from engine.questions.sweeping import sweep
 from engine.tasks import Example, Task
@@ -36,6 +37,7 @@ __all__ = [
     "Effects",
     "Example",
     "Knockout",
+    "Page",
     "Patch",
     "Plan",
     "Prefix",

@@ -15,6 +15,8 @@ from models.shapes import Bool, Float
 
 # Okabe and Ito's, which the colour-blind can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
+SQUARE = 64  # rows or columns up to which a map's cells are squares
+LARGEST = 400  # inches, at 150 dots each, beyond which a picture cannot be made
 
 
 def heatmap(
@@ -40,32 +42,85 @@ def heatmap(
 
 def effect_maps(
     path: str | Path,
-    means: Float[Tensor, "panels layers heads"],
-    marked: Bool[Tensor, "panels layers heads"],
+    means: Float[Tensor, "maps rows columns"],
+    marked: Bool[Tensor, "maps rows columns"],
     label: str,
-    names: Sequence[str] = (),
+    names: tuple[Sequence[int | str], Sequence[int | str]],
+    axes_names: tuple[str, str],
+    titles: Sequence[str] = (),
     title: str = "",
 ) -> None:
-    """Layer x head maps of effects, one under the other, as PNG: blue below zero, white at it, red above; one scale.
+    """Maps of effects, one under the other, as PNG: blue below zero, white at it, red above; one scale.
 
-    marked: heads that carry a dot. label: of the scale. names: of the panels.
+    marked: what carries a dot. label: of the scale. names: of rows and of columns; numbers are left out where they are
+    many. axes_names: what rows and columns are. titles: of the maps. Raises ValueError for more than a picture holds.
     """
-    n_panels, n_layers, n_heads = means.shape
-    figure, grid = _figure(0.22 * n_layers + 2.5, (0.22 * n_heads + 1.2) * n_panels + 0.4, n_panels)
+    n_maps, n_rows, n_columns = means.shape
+    rows, columns = names
+    width, height = _inches(columns), _inches(rows)
+    if max(width, n_maps * (height + 1.2)) > LARGEST:
+        raise ValueError(
+            f"a picture does not hold {n_maps} maps of {n_rows} x {n_columns}: take fewer positions, or use top()"
+        )
+    wide = 0.08 * max((len(name) for name in rows if isinstance(name, str)), default=0)
+    tall = 0.08 * max((len(name) for name in columns if isinstance(name, str)), default=0)
+    whole = (height + tall + 1.2) * n_maps + 0.4
+    figure, grid = _figure(max(width, 2.5) + wide + 2.5, whole, n_maps)
     bound, top = float(means.abs().max()) or 1.0, f"top {int(marked.sum())}"
-    for panel, axes in enumerate(grid):
-        image = axes.imshow(means[panel].T.numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect="equal")
-        layers, heads = marked[panel].nonzero(as_tuple=True)
-        axes.scatter(layers, heads, s=9, c="white", edgecolors="black", linewidths=0.6, label=top)
-        axes.set(ylabel="head", title=names[panel] if names else "")
-        axes.set_xticks(range(0, n_layers, max(1, n_layers // 10)))
-        axes.set_yticks(range(0, n_heads, max(1, n_heads // 8)))
-    grid[-1].set_xlabel("layer")
-    figure.suptitle(title)
+    aspect = "equal" if max(n_rows, n_columns) <= SQUARE else "auto"
+    for at, axes in enumerate(grid):
+        image = axes.imshow(
+            means[at].numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound, aspect=aspect, interpolation="nearest"
+        )
+        y, x = marked[at].nonzero(as_tuple=True)
+        axes.scatter(x, y, s=9, c="white", edgecolors="black", linewidths=0.6, label=top)
+        axes.set_ylabel(axes_names[0])
+        axes.set_title(drawable(titles[at]) if titles else "", parse_math=False)
+        _ticks(axes.set_xticks, columns, 10, rotation=90)
+        _ticks(axes.set_yticks, rows, 8)
+    grid[-1].set_xlabel(axes_names[1])
+    figure.suptitle(drawable(title))
     if marked.any():
         grid[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    figure.colorbar(image, ax=list(grid), label=label, shrink=0.7)
+    shrink, anchor = (0.7, (0.0, 0.5)) if whole < 6 else (4 / whole, (0.0, 1.0))
+    figure.colorbar(image, ax=grid, label=label, shrink=1.0 if whole < 2.5 else shrink, anchor=anchor)
     _save(figure, path)
+
+
+def drawable(text: str) -> str:
+    """Characters that the fonts in use lack as their code points: drawn, they would be boxes that all look the same."""
+    from matplotlib import font_manager, rcParams
+
+    files = [font_manager.findfont(font_manager.FontProperties(family=[name])) for name in rcParams["font.family"]]
+    fonts = [font_manager.get_font(file) for file in files]
+    return "".join(
+        c if c == "\n" or any(font.get_char_index(ord(c)) for font in fonts) else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _inches(names: Sequence[int | str]) -> float:
+    """Of an axis: room to read every name; where there are many numbers, to see every row."""
+    if len(names) <= SQUARE or not _numbers(names):
+        return 0.22 * len(names)
+    return max(0.22 * SQUARE, len(names) / 100)
+
+
+def _ticks(put: Any, names: Sequence[int | str], most: int, **style: Any) -> None:
+    """All names, or about so many numbers, at even steps from the first."""
+    if _numbers(names):
+        step = next(
+            size * 10**power for power in range(9) for size in (1, 2, 5) if size * 10**power >= len(names) // most
+        )
+        at = range(0, len(names), step)
+        put(at, [str(names[i]) for i in at])
+    else:
+        at = range(len(names) if any(names) else 0)
+        put(at, [drawable(str(names[i])) for i in at], parse_math=False, fontsize=8, **style)
+
+
+def _numbers(names: Sequence[int | str]) -> bool:
+    return all(isinstance(name, int) for name in names)
 
 
 def learning_curve(path: str | Path, losses: Sequence[float], title: str = "") -> None:

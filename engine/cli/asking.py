@@ -16,7 +16,7 @@ from engine.artifacts import write_whole
 from engine.cli import console
 from engine.cli.console import ModelName, Quiet, list_files, out, say
 
-Contrast = Annotated[str, typer.Option(help=f"{', '.join(tasks.CONTRASTS)}.")]
+Contrast = Annotated[tasks.ContrastName, typer.Option(help=f"{', '.join(tasks.CONTRASTS)}.")]
 Count = Annotated[int, typer.Option(help="Pairs of prompts.")]
 Seed = Annotated[int, typer.Option(help="Of the pairs.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Where results go; default out/TASK-COMMAND.")]

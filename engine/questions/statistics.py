@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ def sign_flips(
     x: Float[Tensor, "prompts units"], correction: Correction | None, resamples: Integer, seed: Integer
 ) -> Float[Tensor, " units"]:
     """The p of each mean: the share of flips of the prompts' signs that put it as far from zero, corrected."""
+    check_correction(correction)
     resamples, seed = _read_resamples(resamples), read_seed(seed)
     n = len(x)
     exact = 2 ** (n - 1) <= resamples
@@ -66,6 +67,11 @@ def sign_flips(
     if correction == "fdr":
         return torch.from_numpy(needed("scipy.stats", "correction 'fdr'").false_discovery_control(p.numpy()))
     return p
+
+
+def check_correction(correction: Correction | None) -> None:
+    if correction is not None and correction not in get_args(Correction):
+        raise ValueError(f"correction must be one of {get_args(Correction)} or None, got {correction!r}")
 
 
 def _all_signs(n: int) -> Float[Tensor, "flips prompts"]:

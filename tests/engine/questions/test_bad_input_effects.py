@@ -143,7 +143,29 @@ def test_maps_are_of_heads(tmp_path):
         Effects(torch.zeros(5, 1), CLEAN, groups={"all": MASK}).heatmap(tmp_path / "map.png")
     with said(ValueError, "1 to 18", "got 19"):
         Effects(PATCHED, CLEAN).heatmap(tmp_path / "map.png", top=19)
+    with said(ValueError, "does not hold 400 maps of 6 x 3", "fewer positions"):
+        Effects(torch.zeros(5, 400, 3, 6), CLEAN, positions=range(400)).heatmap(tmp_path / "map.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_pages(tmp_path, monkeypatch):
+    """Refused before anything is resampled, and no file is left."""
+    effects, path = Effects(torch.rand(5, 3, 6), CLEAN), tmp_path / "page.html"
+    for top in (0, -3, 2.5, None):
+        with said(ValueError, "top must be a positive integer", f"got {top!r}"):
+            effects.show(path, top=top)
+    with said(ValueError, "correction must be one of", "got 'bonferroni'"):
+        effects.show(path, correction="bonferroni")
+    with said(ValueError, "level", "got 95"):
+        effects.show(path, level=95)
+    with said(ValueError, "resamples", "got 0"):
+        effects.show(path, resamples=0)
+    with said(ValueError, "seed must be an integer", "got 0.5"):
+        effects.show(path, seed=0.5)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"):
+        effects.show(tmp_path / "file" / "page.html", resamples=9)
 
 
 def test_files(tmp_path):

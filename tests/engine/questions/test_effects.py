@@ -408,6 +408,61 @@ def test_heatmap_of_nothing(tmp_path, drawn):
     assert axes.get_legend() is None
 
 
+def texts_of(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+TOKENS = [" Paris", "\n", "$\\frac$", "\u6771\u200b", "\ud800"]  # some that matplotlib would stumble over
+SEEN = ["·Paris", "↵", "$\\frac$", r"\u6771\u200b", r"\ud800"]
+
+
+def test_heatmap_of_layers_at_tokens(tmp_path, drawn):
+    """One map: tokens down, layers across; their spaces are seen, and what fonts lack or take for formulas is drawn."""
+    means = torch.arange(15.0).reshape(5, 3)
+    e = with_means(means, positions=[0, 1, 2, 3, 4], tokens=TOKENS, site="resid_post")
+    e.heatmap(tmp_path / "map.png", top=2, title="\u6771")
+    (axes,) = maps_of(drawn[0])
+    assert torch.equal(torch.tensor(axes.images[0].get_array().filled()), means.double())
+    assert texts_of(axes.yaxis) == SEEN
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("layer", "token")
+    assert sorted((int(y), int(x)) for x, y in axes.collections[0].get_offsets()) == sorted(e.top(2))
+
+
+def test_heatmap_of_layers_at_names(tmp_path, drawn):
+    """Names of positions in place of tokens; without positions, one row."""
+    with_means([[1.0, 2.0]] * 2, positions=["subject", "a" * 99], site="scores").heatmap(tmp_path / "map.png", top=1)
+    with_means([1.0, 2.0], site="mlp_out").heatmap(tmp_path / "map.png", top=1)
+    with_means([[1.0, 2.0]] * 3, positions=[7, -2, -1], site="mlp_out").heatmap(tmp_path / "map.png", top=1)
+    named, row, numbered = (maps_of(figure)[0] for figure in drawn)
+    assert texts_of(named.yaxis) == ["subject", "a" * 23 + "…"]
+    assert named.get_ylabel() == numbered.get_ylabel() == "position"
+    assert row.images[0].get_array().shape == (1, 2)
+    assert (row.get_ylabel(), texts_of(row.yaxis)) == ("", [])
+    assert texts_of(numbered.yaxis) == ["7", "-2", "-1"]
+
+
+def test_heatmap_of_groups_at_positions(tmp_path, drawn):
+    means = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 1.0]])
+    e = with_means(means, groups=["layers 0 to 1", "$late$", "m"], positions=[5, -1], tokens=["a", "b"])
+    e.heatmap(tmp_path / "map.png", top=1)
+    (axes,) = maps_of(drawn[0])
+    assert torch.equal(torch.tensor(axes.images[0].get_array().filled()), means.double())
+    assert (texts_of(axes.yaxis), texts_of(axes.xaxis)) == (["a", "b"], ["layers 0 to 1", "$late$", "m"])
+
+
+def test_heatmap_of_neurons(tmp_path, drawn):
+    """Layers down, as there are many neurons; at each position, which its title names."""
+    means = torch.randn(2, 3, 1536)
+    e = with_means(means, site="mlp_act", positions=[0, 4], tokens=[" a", "$x$"])
+    e.heatmap(tmp_path / "map.png")
+    first, second = maps_of(drawn[0])
+    assert torch.equal(torch.tensor(second.images[0].get_array().filled()), means[1].double())
+    assert (first.get_title(), second.get_title()) == ("position 0: ·a", "position 4: $x$")
+    assert (first.get_xlabel(), second.get_xlabel(), second.get_ylabel()) == ("", "neuron", "layer")
+    with Image.open(tmp_path / "map.png") as image:
+        assert image.width > 1536
+
+
 @pytest.mark.parametrize(
     ("module", "call", "said"),
     [
@@ -415,6 +470,7 @@ def test_heatmap_of_nothing(tmp_path, drawn):
         ("scipy.stats", lambda e, path: e.interval(), r"scipy: pip install 'headpatch\[stats\]'"),
         ("scipy.stats", lambda e, path: e.p_values("fdr"), r"scipy: pip install 'headpatch\[stats\]'"),
         ("scipy.stats", lambda e, path: e.rank_correlation(e), r"scipy: pip install 'headpatch\[stats\]'"),
+        ("scipy.stats", lambda e, path: e.show(path), r"scipy: pip install 'headpatch\[stats\]'"),
         ("matplotlib", lambda e, path: e.heatmap(path), r"matplotlib: pip install 'headpatch\[plots\]'"),
     ],
 )
