@@ -288,10 +288,14 @@ def test_sorts_and_switches(tmp_path):
             assert side(colour) == (share > 0) - (share < 0) or 0 < abs(share) < 0.01, (name, unit)
     strongest = units.index((1, 2))
     assert found["effect"][strongest] == "rgb(178, 24, 43)"
-    assert found["pvalue"][strongest] == "rgb(84, 39, 143)"
+    p = effects.p_values(resamples=99)
+    for unit, colour in zip(units, found["pvalue"], strict=True):  # green falls from 255 at 1 to 39 at 0.001 and below
+        green, share = int(colour.split(",")[1]), (p[unit].log() / torch.tensor(0.001).log()).item()
+        assert green == pytest.approx(255 - 216 * share, abs=45), unit
+    assert found["pvalue"][strongest] == min(found["pvalue"], key=lambda colour: int(colour.split(",")[1]))
     assert found["here"] == ["rgb(178, 24, 43)"]
-    where, mean, error, interval, p = found["tip"]
-    assert (where, p.split()[0]) == ("layer 1, head 2", "p")
+    where, mean, error, interval, test = found["tip"]
+    assert (where, test.split()[0]) == ("layer 1, head 2", "p")
     assert mean.endswith("over 7 prompts")
     assert error.startswith("standard error 0.")
     assert interval.startswith("95% interval ")
