@@ -23,7 +23,10 @@ from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
 from engine.questions import groups, metrics
 from engine.questions.attribution import attribute
+from engine.questions.edge_runs import edge_runs, exact_edges
+from engine.questions.edges import attribute_edges
 from engine.questions.effects import Effects
+from engine.questions.graph import Graph
 from engine.questions.sweeping import sweep
 from engine.tasks import Example, Task
 
@@ -33,6 +36,7 @@ __all__ = [
     "Edit",
     "Effects",
     "Example",
+    "Graph",
     "Knockout",
     "Patch",
     "Plan",
@@ -43,11 +47,14 @@ __all__ = [
     "Task",
     "TaskVector",
     "attribute",
+    "attribute_edges",
     "capture",
     "cost",
     "distributed",
+    "edge_runs",
     "evaluate",
     "evaluation",
+    "exact_edges",
     "experiments",
     "fv",
     "generate",
