@@ -1,0 +1,163 @@
+"""Rows with edges removed, as edits of one forward: which satellite stands for which receiver, and what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from engine.questions.graph import Graph
+from engine.questions.senders import Run
+from models import Edit, Edits, Model, Site
+from models.shapes import Bool, Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class Circuits:
+    """senders: those from which any edge is removed. removed: which of their edges.
+    serves:    for each row and receiver its member: 0, the row itself, or one of its satellites.
+    shown:     for each row, satellite and place in a forward, a receiver that is given what the satellite is; -1: none.
+    """
+
+    graph: Graph
+    senders: list[int]
+    removed: Bool[Tensor, "rows some receivers"]
+    serves: Int[Tensor, "rows receivers"]
+    shown: Int[Tensor, "rows satellites places"]
+
+    @classmethod
+    def of(cls, graph: Graph, keep: Bool[Tensor, "rows senders receivers"]) -> Circuits:
+        removed = graph.exists & ~keep.cpu()
+        touched = removed.any(dim=1)
+        touched[:, -1] = False  # logits are the row's own to give
+        serves = torch.zeros(touched.shape, dtype=torch.long)
+        found: dict[tuple[int, int], dict[bytes, int]] = {}
+        shown: list[tuple[int, int, int, int]] = []
+        for row, receiver in touched.nonzero().tolist():
+            place = _place(graph, receiver)
+            alike = found.setdefault((row, place), {})
+            column = removed[row, :, receiver].numpy().tobytes()
+            if column not in alike:
+                alike[column] = len(alike) + 1
+                shown.append((row, alike[column] - 1, place, receiver))
+            serves[row, receiver] = alike[column]
+        satellites = max(map(len, found.values()), default=0)
+        by_place = torch.full((len(keep), satellites, 2 * graph.n_layers), -1)
+        for row, satellite, place, receiver in shown:
+            by_place[row, satellite, place] = receiver
+        senders = removed.any(dim=2).any(dim=0).nonzero().flatten().tolist()
+        return cls(graph, senders, removed[:, senders], serves, by_place)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.serves)
+
+    @property
+    def members(self) -> int:
+        """A row and its satellites, which follow each other in a batch."""
+        return 1 + self.shown.shape[1]
+
+    def running(self, model: Model, source: Run) -> Running:
+        size = (self.n_rows, len(self.senders), *source.outputs.shape[1:])
+        return Running(self, model, source.outputs[self.senders], source.outputs.new_zeros(size))
+
+
+def _place(graph: Graph, receiver: int) -> int:
+    """Twice the layer, and one more for what is given to an MLP after attention."""
+    layer, within = divmod(receiver, graph.per_layer)
+    return 2 * layer + (within == graph.per_layer - 1 and not graph.parallel)
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A forward on its way.
+
+    source: what the senders give in the source's run. change: how that differs, in each row, from what they give in it;
+            filled in as the forward comes by them.
+    """
+
+    circuits: Circuits
+    model: Model
+    source: Float[Tensor, "some tokens d_model"]
+    change: Float[Tensor, "rows some tokens d_model"] = field(repr=False)
+
+    def edits(self) -> Edits:
+        """Where anything is to do, and only there."""
+        circuits, graph = self.circuits, self.circuits.graph
+        made: dict[Site, dict[int, Edit]] = {}
+
+        def put(site: Site, layer: int, edit: Edit) -> None:
+            made.setdefault(site, {})[layer] = edit
+
+        for layer in range(graph.n_layers):
+            if (circuits.shown[:, :, 2 * layer] >= 0).any():
+                put("resid_pre", layer, partial(self._give, 2 * layer))
+            if (circuits.shown[:, :, 2 * layer + 1] >= 0).any():
+                put("resid_mid", layer, partial(self._give, 2 * layer + 1))
+            heads = graph.heads(layer)
+            if any(u in circuits.senders for u in range(heads.start, heads.stop)):
+                put("z", layer, partial(self._note_heads, layer))
+            for site, receivers in graph.given(layer).items():
+                takes, sends = circuits.serves[:, receivers].any(), site == "mlp_out" and heads.stop in circuits.senders
+                if takes or sends:
+                    put(site, layer, partial(self._take, site, layer))
+        if 0 in circuits.senders:
+            put("resid_pre", 0, self._note_input)
+        if circuits.removed[:, :, -1].any():
+            put("resid_post", graph.n_layers - 1, self._give_logits)
+        return made
+
+    def _members(self, x: Tensor) -> Float[Tensor, "rows members tokens units width"]:
+        return x.unflatten(0, (self.circuits.n_rows, self.circuits.members))
+
+    def _removed(self, receivers: Int[Tensor, "rows some"]) -> Float[Tensor, "rows some tokens d_model"]:
+        """What is added to the stream for each of these receivers of each row; nothing for -1."""
+        each = torch.arange(len(receivers))[:, None]
+        removed = self.circuits.removed[each, :, receivers] & (receivers >= 0)[..., None]
+        return (removed.to(self.change) @ self.change.flatten(2)).unflatten(2, self.change.shape[2:])
+
+    def _note_input(self, x: Tensor) -> Tensor:
+        self.change[:, 0] = self.source[0] - self._members(x)[:, 0, :, 0].to(self.change)
+        return self._give(0, x) if (self.circuits.shown[:, :, 0] >= 0).any() else x
+
+    def _give(self, place: int, x: Tensor) -> Tensor:
+        """Satellites are given the row's stream less its removed edges."""
+        members = self._members(x)
+        members[:, 1:] = members[:, :1] + self._removed(self.circuits.shown[:, :, place])[:, :, :, None].to(x)
+        return x
+
+    def _give_logits(self, x: Tensor) -> Tensor:
+        members = self._members(x)
+        logits = torch.full((len(members), 1), len(self.circuits.graph.receivers) - 1)
+        members[:, 0] += self._removed(logits)[:, 0, :, None].to(x)
+        return x
+
+    def _take(self, site: Site, layer: int, x: Tensor) -> Tensor:
+        """The row takes each unit from the member that stands for it."""
+        members = self._members(x)
+        serves = self.circuits.serves[:, self.circuits.graph.given(layer)[site]].to(x.device)  # [rows, units]
+        if serves.any():
+            row, unit = torch.arange(len(serves))[:, None], torch.arange(serves.shape[1])
+            members[:, 0] = members[row, serves, :, unit].transpose(1, 2)
+        if site == "mlp_out" and (sender := self.circuits.graph.mlp(layer)) in self.circuits.senders:
+            at = self.circuits.senders.index(sender)
+            self.change[:, at] = self.source[at] - members[:, 0, :, 0].to(self.change)
+        return x
+
+    def _note_heads(self, layer: int, z: Tensor) -> Tensor:
+        """Of rows that need them: single heads take as much work as W_O of so many rows."""
+        heads = self.circuits.graph.heads(layer)
+        at, which = _within(self.circuits.senders, heads)
+        some = self.circuits.removed[:, at].any(dim=2).any(dim=1).nonzero().flatten()
+        given = self.model.project(layer, self._members(z)[some, 0])[:, :, which].transpose(1, 2)
+        self.change[some[:, None], torch.tensor(at)] = self.source[at] - given.to(self.change)
+        return z
+
+
+def _within(senders: Sequence[int], part: slice) -> tuple[list[int], list[int]]:
+    """Which of the senders lie there, and which of the part they are."""
+    at = [i for i, u in enumerate(senders) if part.start <= u < part.stop]
+    return at, [senders[i] - part.start for i in at]
