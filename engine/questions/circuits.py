@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.questions.graph import Graph
 from engine.questions.senders import Run
-from models import Edit, Edits, Model, Site
+from models import Edit, Edits, Site
 from models.shapes import Bool, Float, Int
 
 
@@ -60,9 +60,16 @@ class Circuits:
         """A row and its satellites, which follow each other in a batch."""
         return 1 + self.shown.shape[1]
 
-    def running(self, model: Model, source: Run) -> Running:
+    @property
+    def layers(self) -> list[int]:
+        """Those with heads among the senders."""
+        every = range(self.graph.n_layers)
+        return [layer for layer in every if _within(self.senders, self.graph.heads(layer))[0]]
+
+    def running(self, source: Run, w_o: Mapping[int, Tensor]) -> Running:
+        """Source: whose outputs edges are given. w_o: of `layers`, as `senders.heads_of` has it."""
         size = (self.n_rows, len(self.senders), *source.outputs.shape[1:])
-        return Running(self, model, source.outputs[self.senders], source.outputs.new_zeros(size))
+        return Running(self, w_o, source.outputs[self.senders], source.outputs.new_zeros(size))
 
 
 def _place(graph: Graph, receiver: int) -> int:
@@ -75,12 +82,13 @@ def _place(graph: Graph, receiver: int) -> int:
 class Running:
     """A forward on its way.
 
-    source: what the senders give in the source's run. change: how that differs, in each row, from what they give in it;
-            filled in as the forward comes by them.
+    w_o:    of single heads, by layer.
+    source: what the senders give in the source's run.
+    change: how that differs, in each row, from what they give in it; filled in as the forward comes by them.
     """
 
     circuits: Circuits
-    model: Model
+    w_o: Mapping[int, Float[Tensor, "heads head_dim d_model"]]
     source: Float[Tensor, "some tokens d_model"]
     change: Float[Tensor, "rows some tokens d_model"] = field(repr=False)
 
@@ -97,11 +105,11 @@ class Running:
                 put("resid_pre", layer, partial(self._give, 2 * layer))
             if (circuits.shown[:, :, 2 * layer + 1] >= 0).any():
                 put("resid_mid", layer, partial(self._give, 2 * layer + 1))
-            heads = graph.heads(layer)
-            if any(u in circuits.senders for u in range(heads.start, heads.stop)):
+            if layer in circuits.layers:
                 put("z", layer, partial(self._note_heads, layer))
             for site, receivers in graph.given(layer).items():
-                takes, sends = circuits.serves[:, receivers].any(), site == "mlp_out" and heads.stop in circuits.senders
+                takes = circuits.serves[:, receivers].any()
+                sends = site == "mlp_out" and graph.mlp(layer) in circuits.senders
                 if takes or sends:
                     put(site, layer, partial(self._take, site, layer))
         if 0 in circuits.senders:
@@ -148,12 +156,10 @@ class Running:
         return x
 
     def _note_heads(self, layer: int, z: Tensor) -> Tensor:
-        """Of rows that need them: single heads take as much work as W_O of so many rows."""
-        heads = self.circuits.graph.heads(layer)
-        at, which = _within(self.circuits.senders, heads)
-        some = self.circuits.removed[:, at].any(dim=2).any(dim=1).nonzero().flatten()
-        given = self.model.project(layer, self._members(z)[some, 0])[:, :, which].transpose(1, 2)
-        self.change[some[:, None], torch.tensor(at)] = self.source[at] - given.to(self.change)
+        at, heads = _within(self.circuits.senders, self.circuits.graph.heads(layer))
+        some = self._members(z)[:, 0, :, heads].to(self.change)  # [rows, T, some, D]
+        given = torch.einsum("rthd,hdm->rhtm", some, self.w_o[layer][heads, : z.shape[-1]])
+        self.change[:, at] = self.source[at] - given
         return z
 
 

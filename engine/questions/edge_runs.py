@@ -27,7 +27,7 @@ from engine.questions.graph import Graph
 from engine.questions.metrics import Metric
 from engine.questions.pairs import read_pair, read_pairs
 from engine.questions.scoring import Answers
-from engine.questions.senders import Run, check_sums, record
+from engine.questions.senders import Run, check_sums, heads_of, record
 from engine.tasks.scoring import ExampleLike, Scored
 from models import Model, PromptLike
 from models.reading import read_tensor
@@ -78,9 +78,10 @@ def edge_runs(
     check_sums(model, graph, run, there)
     rows = keep if keep.ndim == 3 else keep[None]
     logits = run.logits.new_empty(len(rows), len(run.logits))
+    w_o: dict[int, Tensor] = {}
 
     def part(some: slice) -> None:
-        logits[some] = _rows(model, graph, prefix, there, rows[some])
+        logits[some] = _rows(model, graph, prefix, there, rows[some], w_o)
 
     budget.passes(len(rows), partial(_fit, budget, graph, prefix, rows), part)
     return logits if keep.ndim == 3 else logits[0]
@@ -123,6 +124,7 @@ def exact_edges(
         order = sorted(range(len(ends)), key=ends.__getitem__)  # neighbours share senders, which are kept once
         patched = torch.empty(len(pairs.prompts), len(edges), dtype=torch.float64)
         clean, reference = torch.empty(2, len(patched), dtype=torch.float64)
+        w_o: dict[int, Tensor] = {}
         for n in track(range(len(patched)), "exact edges", progress):
             prompt = pairs.prompts[n]
             run, other = record(model, graph, prompt), record(model, graph, pairs.sources[n])
@@ -130,7 +132,7 @@ def exact_edges(
             clean[n], reference[n] = pairs.scores(n, torch.stack([run.logits, other.logits]), run.logits)
 
             def part(some: slice, n=n, prompt=prompt, run=run, other=other) -> None:  # type: ignore[no-untyped-def]
-                logits = _rows(model, graph, prompt, other, _without(graph, [ends[i] for i in order[some]]))
+                logits = _rows(model, graph, prompt, other, _without(graph, [ends[i] for i in order[some]]), w_o)
                 patched[n, order[some]] = pairs.scores(n, logits, run.logits).double().cpu()
 
             one = _without(graph, ends[:1])
@@ -157,11 +159,16 @@ def _fit(budget: Budget, graph: Graph, prompt: Prefix, keep: Bool[Tensor, "rows 
 
 
 def _rows(
-    model: Model, graph: Graph, prompt: Prefix, source: Run, keep: Bool[Tensor, "rows senders receivers"]
+    model: Model,
+    graph: Graph,
+    prompt: Prefix,
+    source: Run,
+    keep: Bool[Tensor, "rows senders receivers"],
+    w_o: dict[int, Tensor],
 ) -> Float[Tensor, "rows vocab"]:
-    """One forward."""
+    """One forward. w_o: of single heads, by layer, as far as they were needed."""
     circuits = Circuits.of(graph, keep)
-    running = circuits.running(model, source)
+    w_o |= {layer: heads_of(model, layer) for layer in circuits.layers if layer not in w_o}
     tokens = prompt.tokens.expand(circuits.n_rows * circuits.members, -1)
-    logits = model.forward(tokens, running.edits(), inputs=prompt.prompt.inputs)
+    logits = model.forward(tokens, circuits.running(source, w_o).edits(), inputs=prompt.prompt.inputs)
     return logits[:: circuits.members]

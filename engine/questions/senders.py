@@ -55,6 +55,13 @@ def record(model: Model, graph: Graph, prompt: Prefix) -> Run:
     return Run(torch.cat(outputs), torch.cat(stream), logits)
 
 
+@torch.no_grad()
+def heads_of(model: Model, layer: int) -> Float[Tensor, "heads head_dim d_model"]:
+    """W_O of each head: what it makes of z that is 1 in one place."""
+    each = torch.eye(model.shape.head_dim)[:, None].expand(-1, model.shape.n_heads, -1)  # [D, H, D]
+    return model.project(layer, each).transpose(0, 1).to(model.device, wide(model))
+
+
 def wide(model: Model) -> torch.dtype:
     """In which scores are computed."""
     return torch.promote_types(model.dtype, torch.float32)
@@ -78,7 +85,7 @@ def check_sums(model: Model, graph: Graph, run: Run, source: Run) -> None:
         size = both.abs().amax(dim=(0, 1, 3))
         if not (apart <= ROUNDING * torch.finfo(model.dtype).eps * size).all():
             raise UnsupportedModelError(
-                f"{model.name} does not add what {what} of layer {layer} give to the residual stream as it is "
-                f"(a norm, a factor or another block between): two runs differ by {apart.max():.1e} more; "
-                "what its edges carry is no sum"
+                f"{model.name} does not add the output of {what} in layer {layer} to the residual stream as it is (a "
+                f"norm, a factor or another block lies between): it differs by {apart.max():.1e} more between two "
+                "runs, and what is given to a head or an MLP is not the sum of what edges carry"
             )

@@ -1,7 +1,9 @@
 """Scores of edges are slopes of the metric, and edges that are removed are those, by decoders written out by hand."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import engine
 import models
@@ -94,7 +96,7 @@ def test_is_the_slope(made, family):
     torch.testing.assert_close(found.clean, score(logits))
     torch.testing.assert_close(found.reference, score(source_logits))
     scores = dict(zip(found.groups, found.effect[0].tolist(), strict=True))
-    for edge in every(Graph.of(model), 7):
+    for edge in every(Graph.of(model), 11):
         sender = edge.partition("->")[0]
         want = slope(hand, here["input"], edge, there[sender] - here[sender])
         assert scores[edge] == pytest.approx(want.item(), abs=1e-7), edge
@@ -173,7 +175,7 @@ def test_circuits(made, random, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_edges(made, family):
     model, hand = made(family)
-    edges = every(Graph.of(model), 5)[::-1]
+    edges = every(Graph.of(model), 11)[::-1]
     found = exact_edges(model, [PROMPT, SOURCE], source=[SOURCE, PROMPT], edges=edges, targets=[5, 5], progress=False)
     assert found.groups == edges
     for n, pair in enumerate([(PROMPT, SOURCE), (SOURCE, PROMPT)]):
@@ -218,6 +220,37 @@ def test_families(family):
     assert found.effect.abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*")  # of the libraries
+@pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
+def test_other_backends(backend):
+    model, same = wrapped("llama", torch.float32, backend), wrapped("llama")
+    keep = Graph.of(same).exists.clone()
+    keep[:7] = False
+    got, want = (
+        (
+            attribute_edges(one, [PROMPT], source=[SOURCE], steps=2, **KNOWN).patched,
+            edge_runs(one, PROMPT, SOURCE, keep),
+        )
+        for one in (model, same)
+    )
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # of the libraries
+def test_images():
+    """Prompts whose text is the same, of other pictures."""
+    model, random = wrapped("llava"), np.random.default_rng(0)
+    pictures = [Image.fromarray(random.integers(0, 255, (28, 28, 3), dtype=np.uint8)) for _ in range(2)]
+    prompt, source = (models.Prompt(f"{models.IMAGE} Q: which?\nA:", (picture,)) for picture in pictures)
+    keep = torch.ones(2, *Graph.of(model).exists.shape, dtype=torch.bool)
+    keep[1] = False
+    got = edge_runs(model, prompt, source, keep)
+    want = torch.stack([engine.naive.patch(model, one, heads=None, values=None)[0] for one in (prompt, source)])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    found = attribute_edges(model, [prompt], source=[source], **KNOWN)
+    assert found.effect.abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_norms_behind(family):
     model = wrapped(family)
@@ -227,7 +260,7 @@ def test_norms_behind(family):
         lambda: edge_runs(model, PROMPT, SOURCE, Graph.of(model).exists),
         lambda: exact_edges(model, [PROMPT], source=[SOURCE], edges=["input->m0"], **KNOWN),
     ):
-        with pytest.raises(UnsupportedModelError, match=f"{family} does not add what attention of layer 0 give"):
+        with pytest.raises(UnsupportedModelError, match=f"{family} does not add the output of attention in layer 0"):
             call()
     assert state(model) == before
 
