@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,13 +17,13 @@ from models.shapes import Bool, Float, Int
 
 @dataclass(frozen=True, eq=False)
 class Circuits:
-    """senders: those from which any edge is removed. removed: which of their edges.
+    """senders: for each row those from which any edge is removed; -1: no more. removed: which of their edges.
     serves:    for each row and receiver its member: 0, the row itself, or one of its satellites.
     shown:     for each row, satellite and place in a forward, a receiver that is given what the satellite is; -1: none.
     """
 
     graph: Graph
-    senders: list[int]
+    senders: Int[Tensor, "rows some"]
     removed: Bool[Tensor, "rows some receivers"]
     serves: Int[Tensor, "rows receivers"]
     shown: Int[Tensor, "rows satellites places"]
@@ -48,8 +48,9 @@ class Circuits:
         by_place = torch.full((len(keep), satellites, 2 * graph.n_layers), -1)
         for row, satellite, place, receiver in shown:
             by_place[row, satellite, place] = receiver
-        senders = removed.any(dim=2).any(dim=0).nonzero().flatten().tolist()
-        return cls(graph, senders, removed[:, senders], serves, by_place)
+        senders = _each(removed.any(dim=2))
+        own = senders.clamp(min=0)[..., None].expand(-1, -1, removed.shape[2])
+        return cls(graph, senders, removed.gather(1, own) & (senders >= 0)[..., None], serves, by_place)
 
     @property
     def n_rows(self) -> int:
@@ -63,13 +64,13 @@ class Circuits:
     @property
     def layers(self) -> list[int]:
         """Those with heads among the senders."""
-        every = range(self.graph.n_layers)
-        return [layer for layer in every if _within(self.senders, self.graph.heads(layer))[0]]
+        every = ((self.graph.heads(layer), layer) for layer in range(self.graph.n_layers))
+        return [layer for at, layer in every if ((self.senders >= at.start) & (self.senders < at.stop)).any()]
 
     def running(self, source: Run, w_o: Mapping[int, Tensor]) -> Running:
         """Source: whose outputs edges are given. w_o: of `layers`, as `senders.heads_of` has it."""
-        size = (self.n_rows, len(self.senders), *source.outputs.shape[1:])
-        return Running(self, w_o, source.outputs[self.senders], source.outputs.new_zeros(size))
+        size = (*self.senders.shape, *source.outputs.shape[1:])
+        return Running(self, w_o, source.outputs, source.outputs.new_zeros(size))
 
 
 def _place(graph: Graph, receiver: int) -> int:
@@ -78,23 +79,30 @@ def _place(graph: Graph, receiver: int) -> int:
     return 2 * layer + (within == graph.per_layer - 1 and not graph.parallel)
 
 
+def _each(mask: Bool[Tensor, "rows units"]) -> Int[Tensor, "rows most"]:
+    """The units of each row, and -1 after them in rows that have fewer than the most."""
+    counts = mask.sum(dim=1)
+    first = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
+    return first.masked_fill(torch.arange(first.shape[1]) >= counts[:, None], -1)
+
+
 @dataclass(frozen=True, eq=False)
 class Running:
     """A forward on its way.
 
     w_o:    of single heads, by layer.
-    source: what the senders give in the source's run.
-    change: how that differs, in each row, from what they give in it; filled in as the forward comes by them.
+    source: what all senders give in the source's run.
+    change: how that differs, of those of each row, from what they give in it; filled in as the forward comes by them.
     """
 
     circuits: Circuits
     w_o: Mapping[int, Float[Tensor, "heads head_dim d_model"]]
-    source: Float[Tensor, "some tokens d_model"]
+    source: Float[Tensor, "senders tokens d_model"]
     change: Float[Tensor, "rows some tokens d_model"] = field(repr=False)
 
     def edits(self) -> Edits:
         """Where anything is to do, and only there."""
-        circuits, graph = self.circuits, self.circuits.graph
+        circuits, graph, attending = self.circuits, self.circuits.graph, self.circuits.layers
         made: dict[Site, dict[int, Edit]] = {}
 
         def put(site: Site, layer: int, edit: Edit) -> None:
@@ -105,14 +113,14 @@ class Running:
                 put("resid_pre", layer, partial(self._give, 2 * layer))
             if (circuits.shown[:, :, 2 * layer + 1] >= 0).any():
                 put("resid_mid", layer, partial(self._give, 2 * layer + 1))
-            if layer in circuits.layers:
+            if layer in attending:
                 put("z", layer, partial(self._note_heads, layer))
             for site, receivers in graph.given(layer).items():
                 takes = circuits.serves[:, receivers].any()
-                sends = site == "mlp_out" and graph.mlp(layer) in circuits.senders
+                sends = site == "mlp_out" and (circuits.senders == graph.mlp(layer)).any()
                 if takes or sends:
                     put(site, layer, partial(self._take, site, layer))
-        if 0 in circuits.senders:
+        if (circuits.senders == 0).any():
             put("resid_pre", 0, self._note_input)
         if circuits.removed[:, :, -1].any():
             put("resid_post", graph.n_layers - 1, self._give_logits)
@@ -128,7 +136,7 @@ class Running:
         return (removed.to(self.change) @ self.change.flatten(2)).unflatten(2, self.change.shape[2:])
 
     def _note_input(self, x: Tensor) -> Tensor:
-        self.change[:, 0] = self.source[0] - self._members(x)[:, 0, :, 0].to(self.change)
+        self._note(0, lambda rows: self._members(x)[rows, 0, :, 0])
         return self._give(0, x) if (self.circuits.shown[:, :, 0] >= 0).any() else x
 
     def _give(self, place: int, x: Tensor) -> Tensor:
@@ -150,20 +158,18 @@ class Running:
         if serves.any():
             row, unit = torch.arange(len(serves))[:, None], torch.arange(serves.shape[1])
             members[:, 0] = members[row, serves, :, unit].transpose(1, 2)
-        if site == "mlp_out" and (sender := self.circuits.graph.mlp(layer)) in self.circuits.senders:
-            at = self.circuits.senders.index(sender)
-            self.change[:, at] = self.source[at] - members[:, 0, :, 0].to(self.change)
+        if site == "mlp_out":
+            self._note(self.circuits.graph.mlp(layer), lambda rows: members[rows, 0, :, 0])
         return x
 
     def _note_heads(self, layer: int, z: Tensor) -> Tensor:
-        at, heads = _within(self.circuits.senders, self.circuits.graph.heads(layer))
-        some = self._members(z)[:, 0, :, heads].to(self.change)  # [rows, T, some, D]
-        given = torch.einsum("rthd,hdm->rhtm", some, self.w_o[layer][heads, : z.shape[-1]])
-        self.change[:, at] = self.source[at] - given
+        heads, members = self.circuits.graph.heads(layer), self._members(z)
+        for h, w_o in enumerate(self.w_o[layer][:, : z.shape[-1]]):
+            self._note(heads.start + h, lambda rows, h=h, w_o=w_o: members[rows, 0, :, h].to(w_o) @ w_o)  # type: ignore[misc]
         return z
 
-
-def _within(senders: Sequence[int], part: slice) -> tuple[list[int], list[int]]:
-    """Which of the senders lie there, and which of the part they are."""
-    at = [i for i, u in enumerate(senders) if part.start <= u < part.stop]
-    return at, [senders[i] - part.start for i in at]
+    def _note(self, sender: int, gives: Callable[[Tensor], Tensor]) -> None:
+        """In the rows that need it: gives(rows) is what the sender gives in these, [some, tokens, d_model]."""
+        rows, at = (self.circuits.senders == sender).nonzero(as_tuple=True)
+        if len(rows):
+            self.change[rows, at] = self.source[sender] - gives(rows).to(self.change)

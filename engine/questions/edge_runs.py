@@ -121,7 +121,6 @@ def exact_edges(
             raise ValueError(f"edges must be a list of names like 'input->m0', got {edges!r:.80}")
         budget, graph = Budget(model, memory), Graph.of(model)
         ends = [graph.edge(name) for name in edges]
-        order = sorted(range(len(ends)), key=ends.__getitem__)  # neighbours share senders, which are kept once
         patched = torch.empty(len(pairs.prompts), len(edges), dtype=torch.float64)
         clean, reference = torch.empty(2, len(patched), dtype=torch.float64)
         w_o: dict[int, Tensor] = {}
@@ -132,8 +131,8 @@ def exact_edges(
             clean[n], reference[n] = pairs.scores(n, torch.stack([run.logits, other.logits]), run.logits)
 
             def part(some: slice, n=n, prompt=prompt, run=run, other=other) -> None:  # type: ignore[no-untyped-def]
-                logits = _rows(model, graph, prompt, other, _without(graph, [ends[i] for i in order[some]]), w_o)
-                patched[n, order[some]] = pairs.scores(n, logits, run.logits).double().cpu()
+                logits = _rows(model, graph, prompt, other, _without(graph, ends[some]), w_o)
+                patched[n, some] = pairs.scores(n, logits, run.logits).double().cpu()
 
             one = _without(graph, ends[:1])
             budget.passes(len(edges), partial(_fit, budget, graph, prompt, one), part)
@@ -152,10 +151,9 @@ def _without(graph: Graph, ends: Sequence[tuple[int, int]]) -> Bool[Tensor, "edg
 def _fit(budget: Budget, graph: Graph, prompt: Prefix, keep: Bool[Tensor, "rows senders receivers"]) -> int:
     """How many rows fit at once, each with its satellites and what its senders give."""
     circuits = Circuits.of(graph, keep)
-    rows = budget.rows(prompt, 0)  # of 16 numbers in flight for each of d_model
-    return min(
-        rows // (circuits.members + len(circuits.senders) // 16), MAX_TOKENS // (circuits.members * len(prompt.tokens))
-    )
+    # A row of the budget has 16 numbers in flight for each of d_model.
+    alone = budget.rows(prompt, 0) // (circuits.members + circuits.senders.shape[1] // 16)
+    return min(alone, MAX_TOKENS // (circuits.members * len(prompt.tokens)))
 
 
 def _rows(

@@ -343,7 +343,9 @@ def test_satellites_are_shared(made, random):
     assert running.Circuits.of(graph, keep).members == 1
     keep[:, 0] = False
     assert running.Circuits.of(graph, keep).members == 2
-    assert running.Circuits.of(graph, torch.rand(1, *graph.exists.shape, generator=random) < 0.5).members <= 1 + 6 + 2 + 2
+    assert (
+        running.Circuits.of(graph, torch.rand(1, *graph.exists.shape, generator=random) < 0.5).members <= 1 + 6 + 2 + 2
+    )
     keep[:] = True
     keep[:, :, -1] = False
     assert running.Circuits.of(graph, keep).members == 1
