@@ -23,10 +23,10 @@ from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
 from engine.questions import groups, metrics
 from engine.questions.attribution import attribute
-from engine.questions.edge_runs import edge_runs, exact_edges
-from engine.questions.edges import attribute_edges
+from engine.questions.edges.estimates import attribute_edges
+from engine.questions.edges.graph import Graph
+from engine.questions.edges.runs import edge_runs, exact_edges
 from engine.questions.effects import Effects
-from engine.questions.graph import Graph
 from engine.questions.sweeping import sweep
 from engine.tasks import Example, Task
 

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from engine.questions.graph import Graph
-from engine.questions.senders import Run
+from engine.questions.edges.graph import Graph
+from engine.questions.edges.senders import Run
 from models import Edit, Edits, Site
 from models.shapes import Bool, Float, Int
 

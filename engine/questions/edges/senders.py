@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.core.edits import keeping
 from engine.core.prefix import Prefix
-from engine.questions.graph import Graph
+from engine.questions.edges.graph import Graph
 from models import Model, Site, UnsupportedModelError
 from models.shapes import Float
 

@@ -21,13 +21,13 @@ from engine.core.budget import Budget
 from engine.core.planning import MAX_TOKENS
 from engine.core.prefix import Prefix
 from engine.progress import track
-from engine.questions.circuits import Circuits
+from engine.questions.edges.graph import Graph
+from engine.questions.edges.pairs import read_pair, read_pairs
+from engine.questions.edges.satellites import Circuits
+from engine.questions.edges.senders import Run, check_sums, heads_of, record
 from engine.questions.effects import Effects
-from engine.questions.graph import Graph
 from engine.questions.metrics import Metric
-from engine.questions.pairs import read_pair, read_pairs
 from engine.questions.scoring import Answers
-from engine.questions.senders import Run, check_sums, heads_of, record
 from engine.tasks.scoring import ExampleLike, Scored
 from models import Model, PromptLike
 from models.reading import read_tensor

@@ -22,12 +22,12 @@ from engine.core.budget import Budget
 from engine.core.edits import keeping
 from engine.core.prefix import Prefix
 from engine.progress import track
+from engine.questions.edges.graph import Graph
+from engine.questions.edges.pairs import read_pairs
+from engine.questions.edges.senders import Run, check_sums, record, wide
 from engine.questions.effects import Effects
-from engine.questions.graph import Graph
 from engine.questions.metrics import Metric
-from engine.questions.pairs import read_pairs
 from engine.questions.scoring import Answers
-from engine.questions.senders import Run, check_sums, record, wide
 from engine.tasks.scoring import ExampleLike, Scored
 from models import Edits, Model, PromptLike, Site, UnsupportedModelError
 from models.reading import read_int
