@@ -9,7 +9,7 @@ import engine
 import models
 from bench.families import wrapped
 from engine import Graph, attribute_edges, edge_runs, exact_edges
-from engine.questions import edge_runs as running
+from engine.questions.edges import runs as running
 from engine.questions.metrics import read_metric
 from models import UnsupportedModelError
 from models.calls import Passing
