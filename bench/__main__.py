@@ -21,6 +21,7 @@ from bench import answers as answers_case
 from bench import by_site, report
 from bench import compare as compare_runs
 from bench import contrasts as contrasts_case
+from bench import edges as edges_case
 from bench import estimators as estimators_case
 from bench import exactness as exactness_case
 from bench import families as families_case
@@ -233,6 +234,19 @@ def circuits(model: str = "smollm2-135m", seeds: Annotated[int, typer.Option(hel
     result = questions_case.areas(models.load(model), range(seeds))
     out.print(questions_case.table(result))
     _record("circuits", result)
+
+
+@app.command()
+def edges(
+    model: str = "smollm2-135m",
+    prompts: int = 20,
+    steps: int = 5,
+    exact: Annotated[int, typer.Option(help="Edges that are run, drawn from all.")] = 500,
+    compared: Annotated[int, typer.Option(help="Prompts of which they are run, the first.")] = 3,
+) -> None:
+    """Edge attribution of pairs of prompts: seconds, peak memory, and rank correlation with edges that are run."""
+    result = edges_case.measure(models.load(model), prompts, steps, exact, compared)
+    _show("edges", f"edges, {prompts} pairs, {steps} steps, {model}", result)
 
 
 @app.command()

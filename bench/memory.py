@@ -106,7 +106,7 @@ def _measure(there: Any, hf: Any, job: dict[str, Any], threads: int) -> None:
     model = wrap(hf, backend)
     short, whole = (_call(case, provider, hf, model, n, rows, job["rows_run"]) for n in (min(8, tokens), tokens))
     short()  # loads what code and kernels it needs
-    there.send(_peak(whole))
+    there.send(peak(whole))
 
 
 def _call(case: str, name: str, hf: Any, model: Any, tokens: int, rows: int, run: int) -> Callable[[], object]:
@@ -122,7 +122,7 @@ def _call(case: str, name: str, hf: Any, model: Any, tokens: int, rows: int, run
     return CASES[case].prepare(PROVIDERS[name](hf, model), some_rows(everything, run))
 
 
-def _peak(call: Callable[[], object]) -> float:
+def peak(call: Callable[[], object]) -> float:
     """MiB that this process grows by at its peak."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

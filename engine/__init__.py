@@ -23,6 +23,9 @@ from engine.methods import function_vectors as fv
 from engine.methods import mtv, sav, vtv
 from engine.questions import circuits, groups, metrics
 from engine.questions.attribution import attribute
+from engine.questions.edges.estimates import attribute_edges
+from engine.questions.edges.graph import Graph
+from engine.questions.edges.runs import edge_runs, exact_edges
 from engine.questions.effects import Effects
 from engine.questions.knockout import sweep_knockout
 from engine.questions.pages import Page
@@ -36,6 +39,7 @@ __all__ = [
     "Edit",
     "Effects",
     "Example",
+    "Graph",
     "Knockout",
     "Page",
     "Patch",
@@ -47,12 +51,15 @@ __all__ = [
     "Task",
     "TaskVector",
     "attribute",
+    "attribute_edges",
     "capture",
     "circuits",
     "cost",
     "distributed",
+    "edge_runs",
     "evaluate",
     "evaluation",
+    "exact_edges",
     "experiments",
     "fv",
     "generate",
