@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -300,14 +301,20 @@ def areas(model: Model, seeds: Sequence[int] = (0, 1, 2), count: int = PAIRS, st
         train, test = Pairs(model, count, seed), Pairs(model, count, seed + 100)
         given, asked = train.asked(range(count)), test.asked(range(count))
         shape = (1, model.shape.n_layers, model.shape.n_heads)
-        random = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        draw = torch.Generator().manual_seed(seed)
+        random = torch.rand(shape, generator=draw, dtype=torch.float64)
         heads = {
             "exact sweep": engine.sweep(model, positions="together", **given),
             "attribution": engine.attribute(model, positions="together", **given),
             f"attribution, {steps} steps": engine.attribute(model, positions="together", steps=steps, **given),
             "random": engine.Effects(random, torch.zeros(1, dtype=torch.float64)),
         }
-        edges = {f"EAP-IG, {steps} steps": engine.attribute(model, edges=True, steps=steps, **given)}
+        edges = {
+            "EAP": engine.attribute(model, edges=True, **given),
+            f"EAP-IG, {steps} steps": engine.attribute(model, edges=True, steps=steps, **given),
+        }
+        scores = edges["EAP"].clean[:, None] + torch.rand(edges["EAP"].patched.shape[1], generator=draw).double()
+        edges["random"] = replace(edges["EAP"], patched=scores)
         for items, rankings in (("heads", heads), ("edges", edges)):
             for name, ranking in rankings.items():
                 for by in ("absolute", "negative"):

@@ -24,6 +24,7 @@ from engine.core.checking import able
 from engine.core.patches import Patch
 from engine.progress import track
 from engine.questions.asked import Asked, read_prompts
+from engine.questions.edges.estimates import attribute_edges
 from engine.questions.effects import Effects
 from engine.questions.groups import existing, read_groups
 from engine.questions.metrics import Metric
@@ -50,6 +51,7 @@ def attribute(
     site: Site = "z",
     positions: Places = -1,
     steps: Integer = 1,
+    edges: bool = False,
     memory: Integer | None = None,
     seed: Integer = 0,
     progress: bool = True,
@@ -61,6 +63,9 @@ def attribute(
            points of the straight path on which all units are shifted at once by what patching each would change; all
            of them rows of one pass, a pass a position. Their effects sum to that of shifting all units; the effect of
            one unit alone may be estimated worse.
+
+    edges: of the edges of the computational graph in place of units: `engine.attribute_edges`, of sources, at all
+           tokens.
 
     Returns `Effects` as `engine.sweep` does, but `patched` is no run: it is clean plus the estimate, so that `effect`
     is the estimate. `clean` and `reference` are exact. Half-precision models give half-precision gradients.
@@ -79,6 +84,13 @@ def attribute(
     >>> estimated.effect.shape == (1, model.shape.n_layers, model.shape.n_heads)
     True
     """
+    if edges:
+        if values is not None or site != "z" or positions not in (-1, "together"):
+            raise ValueError(
+                "edges are of all sites, patched at all tokens from a source: expected no values, site, positions"
+            )
+        asked_of = dict(metric=metric, targets=targets, others=others, scored=scored, memory=memory, progress=progress)
+        return attribute_edges(model, prompts, source=source, steps=steps, **asked_of)  # type: ignore[arg-type]
     steps = read_int(steps, "steps")
     if metric == "rank":
         raise ValueError("'rank' has no gradient: take 'log_probability', or engine.sweep")

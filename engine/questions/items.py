@@ -16,6 +16,9 @@ from engine.core.patches import Patch
 from engine.core.prefix import Prefix
 from engine.progress import track
 from engine.questions.asked import Asked, read_prompts
+from engine.questions.edges.graph import Graph
+from engine.questions.edges.pairs import Pairs, read_pairs
+from engine.questions.edges.runs import edge_runs
 from engine.questions.effects import Effects, Ranking
 from engine.questions.groups import Units, existing
 from engine.questions.metrics import Metric
@@ -30,15 +33,17 @@ from models.shapes import Bool, Float, Int, Integer
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Units of one or several rankings, as one.
+    """Units of one or several rankings, as one; or edges.
 
     units: of each ranking, at its site. order: the items, the first of the ranking first. names: by item.
+    graph: of edges.
     """
 
     sites: tuple[Site, ...]
     units: tuple[Units, ...]
     order: Int[Tensor, " items"]
     names: list[str]
+    graph: Graph | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -49,12 +54,17 @@ class Items:
         each = [ranking] if isinstance(ranking, Effects) else list(ranking)
         if not each or any(not isinstance(one, Effects) for one in each):
             raise ValueError(f"a ranking must be effects, of one sweep or several, got {ranking!r:.80}")
-        units, names = [], []
-        for one in each:
-            units.append(_units(model, one))
-            names += _names(one)
+        if by_position := [one for one in each if one.positions is not None]:
+            raise ValueError(f"a circuit is of units at all tokens, the ranking is by positions: {by_position[0]!r}")
+        names = [name for one in each for name in _names(one)]
         means = torch.cat([one.mean.flatten() for one in each])
         order = Effects(means[None], torch.zeros(1, dtype=torch.float64), groups=names)._best(len(means), by)
+        if any("->" in name for name in names):
+            graph = Graph.of(model)
+            if names != graph.edges:
+                raise ValueError(f"a ranking of edges must be of all {len(graph.edges)} edges of {model.name} alone")
+            return cls((), (), torch.tensor(order), names, graph)
+        units = [_units(model, one) for one in each]
         return cls(tuple(one.site for one in each), tuple(units), torch.tensor(order), names)
 
     def first(self, count: int) -> Bool[Tensor, " items"]:
@@ -86,8 +96,6 @@ class Items:
 
 def _units(model: Model, effects: Effects) -> Units:
     size = model.site(effects.site)
-    if effects.positions is not None:
-        raise ValueError(f"a circuit is of units at all tokens, the ranking is by positions: {effects!r}")
     if effects.groups is None:
         shape = (size.n_layers, size.units) if size.units > 1 else (size.n_layers,)
         if tuple(effects.patched.shape[1:]) != shape:
@@ -112,8 +120,32 @@ def _names(effects: Effects) -> list[str]:
     return [f"{effects.site} {'.'.join(map(str, u)) if isinstance(u, tuple) else u}" for u in effects._units]
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
+@dataclass(eq=False)
+class OfEdges:
+    """Edges that are not kept carry what they do in the source (`engine.edge_runs`)."""
+
+    pairs: Pairs
+    graph: Graph
+    memory: Integer | None
+    known: dict[str, Any]
+
+    @property
+    def scoring(self) -> Scoring:
+        return self.pairs.scoring
+
+    def run(self, kept: Bool[Tensor, "rows items"], progress: bool) -> Float[Tensor, "prompts rows"]:
+        """The metric of each prompt with some edges kept; in the first row all of them."""
+        keep = torch.zeros(len(kept), *self.graph.exists.shape, dtype=torch.bool)
+        keep[:, self.graph.exists] = kept
+        model, found = self.pairs.prompts[0].model, []
+        for n in track(range(len(self.pairs.prompts)), "circuits of edges", progress):
+            logits = edge_runs(model, self.pairs.prompts[n], self.pairs.sources[n], keep, memory=self.memory)  # type: ignore[arg-type]
+            found.append(self.pairs.scores(n, logits, logits[0]).double().cpu())
+        return torch.stack(found)
+
+
+@dataclass(eq=False)
+class OfUnits:
     """Prompts, what scores them, and what ablated items put out: of each site where, and from which origin."""
 
     prompts: list[Prefix]
@@ -172,8 +204,17 @@ def read_setting(
     positions: Places = "together",
     memory: Integer | None = None,
     seed: Integer = 0,
-) -> Setting:
-    """Raises what `engine.sweep` raises, before anything runs; ValueError for several positions."""
+) -> OfUnits | OfEdges:
+    """Raises what `engine.sweep` raises, before anything runs; ValueError for several positions, or, of edges, for
+    anything but a source at all tokens.
+    """
+    if items.graph is not None:
+        if values is not None or positions != "together":
+            raise ValueError(
+                f"edges are given what they carry in a source, at all tokens: got {values!r}, {positions!r}"
+            )
+        pairs = read_pairs(model, prompts, source, metric, targets, others, scored)
+        return OfEdges(pairs, items.graph, memory, pairs.known | {"site": "edges"})
     given, ready, targets = read_prompts(model, prompts, targets)
     scoring = read_scoring(model, given, metric, targets, others, scored)
     wheres = [read_where(ready, site, positions) for site in items.sites]
@@ -182,4 +223,4 @@ def read_setting(
     origins = [read_origin(ready, where, values, source, seed=seed) for where in wheres]
     known = [Asked(ready, where, origin, scoring).known for where, origin in zip(wheres, origins, strict=True)]
     sites = {"site": list(items.sites)}
-    return Setting(ready, scoring, items, origins, Budget(model, memory), known[0] | sites | {"prompts": len(ready)})
+    return OfUnits(ready, scoring, items, origins, Budget(model, memory), known[0] | sites | {"prompts": len(ready)})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, overload
 
 from engine.tasks import easy_vqa, pairs, two_way, vqa
-from engine.tasks.contrasts import CONTRASTS, Contrast, contrast
+from engine.tasks.contrasts import CONTRASTS, Contrast, ContrastName, contrast
 from engine.tasks.pairs import SHIPPED, Pair, Split, Task
 from engine.tasks.pictures import PictureTask, Question, Questions
 from engine.tasks.scoring import (
@@ -89,6 +89,7 @@ __all__ = [
     "PICTURES",
     "SHIPPED",
     "Contrast",
+    "ContrastName",
     "Example",
     "Pair",
     "PictureTask",

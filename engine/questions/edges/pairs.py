@@ -43,19 +43,22 @@ class Pairs:
         reference: Float[Tensor, " prompts"],
         metadata: Mapping[str, Any],
     ) -> Effects:
-        """The result of all prompts, with what tells it from others."""
+        """The result of all prompts."""
+        known = {**self.known, **metadata}
+        return Effects(patched, clean, reference, groups=edges, metric=self.scoring.metric, metadata=known)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What tells it from others, as JSON."""
         every = [*self.prompts, *self.sources]
         pixels = [x for prompt in every for x in prompt.prompt.inputs.values()]
         tokens = [prompt.tokens.tolist() for prompt in every]
-        known = dict(
+        return dict(
             model=self.prompts[0].model.name,
             metric=self.scoring.metric,
             values="source",
             data=digest(tokens, self.scoring.targets, self.scoring.others, *pixels),
             prompts=len(self.prompts),
-        )
-        return Effects(
-            patched, clean, reference, groups=edges, metric=self.scoring.metric, metadata={**known, **metadata}
         )
 
 

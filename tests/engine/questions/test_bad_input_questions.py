@@ -151,3 +151,25 @@ def test_circuits_of_too_many(idle):
             verb(idle, IDS, RANKED, 19, **options(metric="probability"))
         with refused(idle, TypeError, "unexpected keyword argument 'window'"):
             verb(idle, IDS, RANKED, 9, **options(metric="probability", window=3))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (dict(values="zero", source=None), ["edges are of all sites"]),
+        (dict(site="k"), ["edges are of all sites"]),
+        (dict(positions=[1]), ["edges are of all sites"]),
+        (dict(source=None), ["source must be a prompt for each of 2 prompts"]),
+        (dict(source=SHORT), ["prompt 1 has 5 tokens, its source 3"]),
+    ],
+)
+def test_attribution_of_edges(idle, more, words):
+    with refused(idle, ValueError, *words):
+        engine.attribute(idle, IDS, edges=True, **options(**more))
+
+
+def test_circuits_of_edges(idle):
+    engine.Graph.of(idle)  # whose sites are looked for
+    some = engine.Effects(torch.rand(1, 2), torch.zeros(1), groups=["a0.h0->a1.h0<q>", "m0->logits"])
+    with refused(idle, ValueError, "must be of all", "edges of tiny-llama"):
+        engine.circuits.faithfulness(idle, IDS, some, **options(metric="probability"))

@@ -175,3 +175,35 @@ def test_what_is_ablated(family):
     assert of_heads.flatten(1).float().argmax(dim=1)[:18].tolist() == list(range(18))
     assert of_heads.sum() == 18
     assert of_mlps[18:, :, 0].tolist() == torch.eye(3).bool().tolist()
+
+
+def test_circuits_of_edges(family):
+    """The first edges of EAP's ranking are the run's own, the others the source's; 0 and all are these runs."""
+    ranking = engine.attribute(family.model, IDS, edges=True, **options())
+    sizes = (0.0, 0.05, 0.3, 1.0)
+    found = circuits.faithfulness(family.model, IDS, ranking, sizes=sizes, **options())
+    graph = engine.Graph.of(family.model)
+    for n in range(2):
+        assert abs(found.full[n].item() - plainly(family, n, {})) <= LIMIT
+        logits = plain.logits(family.same, "llama", SOURCES[n])
+        assert abs(found.empty[n].item() - (logits[TARGETS[n]] - logits[OTHERS[n]]).item()) <= LIMIT
+        for s in (1, 2):
+            keep = torch.zeros_like(graph.exists)
+            for name in ranking.top(found.counts[s]):
+                keep[graph.edge(name)] = True
+            logits = engine.edge_runs(family.model, IDS[n], SOURCES[n], keep)
+            assert abs(found.metric[n, s].item() - (logits[TARGETS[n]] - logits[OTHERS[n]]).item()) <= LIMIT
+    assert (found.faithfulness[0], found.faithfulness[-1]) == (0, 1)
+    one = circuits.minimality(family.model, IDS, ranking, 2, **options())
+    assert list(one.groups) == ranking.top(2)
+
+
+def test_an_edge_is_a_path(family):
+    """Patching one edge is path patching with heads and MLPs held, at all tokens."""
+    names = ["a0.h2->a1.h3<q>", "a1.h0->a2.h1<k>", "m0->m2", "a1.h4->logits"]
+    exact = engine.exact_edges(family.model, IDS, edges=names, **options())
+    for i, name in enumerate(names):
+        sender, receiver = name.split("->")
+        given = options(senders=[sender], receivers=receiver, freeze="heads and MLPs", positions="together")
+        path = engine.paths(family.model, IDS, **given)
+        torch.testing.assert_close(exact.patched[:, i], path.patched[:, 0], atol=LIMIT, rtol=0)
