@@ -64,7 +64,7 @@ def effect_maps(
         )
     wide = 0.08 * max((len(name) for name in rows if isinstance(name, str)), default=0)
     tall = 0.08 * max((len(name) for name in columns if isinstance(name, str)), default=0)
-    whole = (height + tall + 1.2) * n_maps + 0.4
+    whole = max((height + tall + 1.2) * n_maps + 0.4, 3.0)  # or the scale's label does not fit
     figure, grid = _figure(max(width, 2.5) + wide + 2.5, whole, n_maps)
     bound, top = float(means.abs().max()) or 1.0, f"top {int(marked.sum())}"
     aspect = "equal" if max(n_rows, n_columns) <= SQUARE else "auto"

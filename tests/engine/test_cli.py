@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import engine
 from engine import TaskVector
 from engine.cli import app
 
@@ -143,3 +144,36 @@ def test_help_starts_without_the_libraries_it_does_not_need():
     code = f"import sys, engine, models; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "[]"
+
+
+def test_trace(tmp_path):
+    """Named positions by default; a table, a picture, a page and the effects themselves."""
+    out = tmp_path / "trace"
+    result = run("trace", "--task", "agreement", "--count", 3, "--out", out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "effect on the logit difference" in result.output
+    assert sorted(p.name for p in out.iterdir()) == ["effects.html", "effects.safetensors", "map.png"]
+    effects = engine.Effects.load(out / "effects.safetensors")
+    assert (list(effects.positions), effects.patched.shape) == (["subject", "attractor", "end"], (3, 3, 30))
+    for given, said in (
+        (["--positions", "first"], "--positions must be named, all, together or last, got 'first'"),
+        (["--count", 0], "count"),
+    ):
+        result = run("trace", "--quiet", "--out", tmp_path / "none", *given)
+        assert (result.exit_code, said in result.output) == (1, True), result.output
+
+
+@pytest.mark.parametrize("rank", ["attribution", pytest.param("edges", marks=pytest.mark.slow)])
+def test_circuit(tmp_path, rank):
+    out = tmp_path / "circuit"
+    result = run("circuit", "--count", 2, "--rank", rank, "--out", out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "CPR" in result.output
+    assert sorted(p.name for p in out.iterdir()) == [
+        "curve.png", "curve.safetensors", "ranking.safetensors", "results.json",
+    ]  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert results["faithfulness"][-1] == 1
+    assert engine.circuits.Faithfulness.load(out / "curve.safetensors").cpr == results["cpr"]
+    result = run("circuit", "--rank", "size", "--out", out)
+    assert (result.exit_code, "--rank must be one of" in result.output) == (1, True)
