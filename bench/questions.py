@@ -1,7 +1,8 @@
 """The questions of the field on the real model, against loops of hooked forwards in the same run.
 
 Pairs are of indirect object identification (Wang et al., arXiv 2211.00593); the metric is the logit difference of the
-two names. Of a loop some forwards are timed, drawn from all of its cells: they cost the same.
+two names. Of a loop some forwards are timed, drawn from all of its cells: they cost the same; what it takes from the
+source run is at hand.
 """
 
 from __future__ import annotations
@@ -151,9 +152,11 @@ def trace(model: Model, rounds: int = 3, count: int = PAIRS) -> dict[str, Any]:
     cells = [(c // tokens, c % tokens) for c in torch.linspace(0, layers * tokens - 1, CELLS).long().tolist()]
     lens = Lens(model, pairs)
 
+    few = [0, 1]
+    sources = {by: [by.seen(pairs.source[n], by.blocks) for n in few] for by in (plain, double)}
+
     def loop(by: Plain, n: int) -> Tensor:
-        source = by.seen(pairs.source[n], by.blocks)
-        return torch.stack([pairs.score(n, by.block(pairs.ids[n], source, *cell)) for cell in cells])
+        return torch.stack([pairs.score(n, by.block(pairs.ids[n], sources[by][n], *cell)) for cell in cells])
 
     sweep = partial(engine.sweep, model, site="resid_pre", positions="all")
     share = layers * tokens / CELLS
@@ -161,12 +164,14 @@ def trace(model: Model, rounds: int = 3, count: int = PAIRS) -> dict[str, Any]:
         partial(sweep, **pairs.asked([0])),
         {
             "hooks": (partial(loop, plain, 0), share),
-            "TransformerLens, a pair at a time": (partial(lens.cells, cells, [0]), share),
-            f"TransformerLens, {count} pairs in a batch": (partial(lens.cells, cells, range(count)), share / count),
+            "TransformerLens, a pair at a time": (partial(lens.cells, cells, *lens.of([0])), share),
+            f"TransformerLens, {count} pairs in a batch": (
+                partial(lens.cells, cells, *lens.of(range(count))),
+                share / count,
+            ),
         },
         rounds,
     )
-    few = [0, 1]
     ours = sweep(**pairs.asked(few)).patched
     got = torch.stack([ours[:, position, layer] for layer, position in cells], dim=1)
     true = torch.stack([loop(double, n) for n in few])
@@ -177,7 +182,7 @@ def trace(model: Model, rounds: int = 3, count: int = PAIRS) -> dict[str, Any]:
         "counted products, loop / ours": round(counted, 1),
         "ours, from float64": apart(got, true),
         "hooks, from float64": apart(torch.stack([loop(plain, n) for n in few]), true),
-        "TransformerLens, from float64": apart(lens.cells(cells, few), true),
+        "TransformerLens, from float64": apart(lens.cells(cells, *lens.of(few)), true),
         "largest": f"{true.abs().max():.1f}",
     }
 
@@ -191,12 +196,18 @@ class Lens:
         self.bridge, self.pairs = from_huggingface(model.hf).bridge, pairs  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def cells(self, cells: Sequence[tuple[int, int]], which: Sequence[int]) -> Tensor:
+    def of(self, which: Sequence[int]) -> tuple[list[int], Any]:
+        """Pairs, and what their sources have."""
+        some = list(which)
+        _, cache = self.bridge.run_with_cache(self.pairs.source[some], names_filter=lambda name: "resid_pre" in name)
+        return some, cache
+
+    @torch.no_grad()
+    def cells(self, cells: Sequence[tuple[int, int]], some: list[int], cache: Any) -> Tensor:
         import pandas
         from transformer_lens import patching
 
-        some, pairs = list(which), self.pairs
-        _, cache = self.bridge.run_with_cache(pairs.source[some], names_filter=lambda name: "resid_pre" in name)
+        pairs = self.pairs
         return patching.generic_activation_patch(
             self.bridge,
             pairs.ids[some],
@@ -215,8 +226,9 @@ def heads(model: Model, rounds: int = 3) -> dict[str, Any]:
     layers, n_heads = model.shape.n_layers, model.shape.n_heads
     cells = [(c // n_heads, c % n_heads) for c in torch.linspace(0, layers * n_heads - 1, CELLS).long().tolist()]
 
+    source = plain.seen(pairs.source[0], plain.outputs)
+
     def loop() -> Tensor:
-        source = plain.seen(pairs.source[0], plain.outputs)
         scores = [pairs.score(0, plain.run(pairs.ids[0], [plain.head(source, *cell)])) for cell in cells]
         return torch.stack(scores)
 
@@ -239,9 +251,9 @@ def paths(model: Model, rounds: int = 3) -> dict[str, Any]:
     late = engine.paths(model, **pairs.asked([0])).top(QUERIES)
     queries = [module.self_attn.q_proj for module in plain.blocks]
     last, ids = slice(-1, None), pairs.ids[0]
+    own, source = plain.seen(ids, plain.outputs), plain.seen(pairs.source[0], plain.outputs)
 
     def loop(receivers: Sequence[tuple[int, int]]) -> Tensor:
-        own, source = plain.seen(ids, plain.outputs), plain.seen(pairs.source[0], plain.outputs)
         found = []
         for layer, head in senders:
             first = [plain.head(source, layer, head, last), *plain.held(own, layer)]

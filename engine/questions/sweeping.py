@@ -37,7 +37,7 @@ from engine.tasks.scoring import ExampleLike, Scored
 from models import Model, PromptLike, Site
 from models.shapes import Bool, Float, Integer
 
-TOGETHER = 512  # tokens of the rows of several positions that share a call
+TOGETHER = 1024  # tokens of the rows of several positions that share a call
 MASKS = 4  # copies of a row's mask on the way to its edits
 
 
@@ -185,7 +185,7 @@ def together(firsts: Sequence[int], n_tokens: int, n_units: int) -> list[list[in
     begin at the first token of any of them, and so few that a call costs the reading of the weights are better joined.
 
     >>> together([0, 1, 2, 3], 4, 100)
-    [[3, 2], [1], [0]]
+    [[3, 2, 1], [0]]
     """
     calls: list[list[int]] = []
     for s in sorted(range(len(firsts)), key=firsts.__getitem__, reverse=True):
