@@ -107,7 +107,7 @@ def test_sweep_scores_whole_answers(tiny, draw, family, scored):
                 got = {m: (x.patched[i] if positions == -1 else x.patched[i, p])[1, 2] for m, x in found.items()}
                 assert abs(got["log_probability"] - want) <= 1e-5
                 assert abs(got["probability"] - want.exp()) <= 1e-5
-                assert abs(got["logit_difference"] - less) <= 1e-5
+                assert abs(got["logit_difference"] - less) <= 1e-5 + 1e-6 * abs(less)  # sums of up to 45
 
 
 def test_sources_are_scored_by_the_same_answer(tiny):

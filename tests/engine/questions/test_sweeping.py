@@ -351,7 +351,7 @@ def test_memory_that_runs_out_in_the_metric(model, values):
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), RuntimeError("something else")])
 def test_errors_that_fewer_rows_do_not_help(model, values, monkeypatch, error):
-    def broken(model, prompt, patches):
+    def broken(model, prompt, patches=None, **where):
         raise error
 
     monkeypatch.setattr(runs, "patch", broken)
