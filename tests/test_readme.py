@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import engine
 
 README = Path(__file__).parents[1] / "README.md"
@@ -17,6 +19,7 @@ def test_example_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.slow
 def test_questions_run(tmp_path, monkeypatch, smollm2):
     monkeypatch.chdir(tmp_path)
     code = next(code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "paths(" in code)

@@ -78,8 +78,8 @@ def paths(
     Behavior with Path Patching (arXiv 2304.05969).
 
     >>> pairs = dict(source=["Q: big\\nA:"], progress=False)
-    >>> engine.paths(model, [Example("Q: hot\\nA:", " ")], receivers=["a2.h0<q>"], **pairs).patched.shape[0]
-    1
+    >>> engine.paths(model, [Example("Q: hot\\nA:", " ")], senders=["a1.h0", "m1"], **pairs).groups
+    ['a1.h0', 'm1']
     """
     given, ready, targets = read_prompts(model, prompts, targets)
     if freeze not in get_args(Freeze):

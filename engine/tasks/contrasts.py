@@ -38,7 +38,7 @@ class Contrast:
 
     Noising: the prompts are patched with activations of the sources; denoising is the other way round.
 
-    >>> pairs = engine.tasks.contrast("agreement", model, count=8)
+    >>> pairs = engine.tasks.contrast("agreement", model, count=1)
     >>> given = dict(metric="logit_difference", targets=pairs.targets, others=pairs.others)
     >>> more = dict(site="resid_pre", positions=pairs.positions, progress=False)
     >>> effects = engine.sweep(model, pairs.prompts, source=pairs.source, **given, **more)

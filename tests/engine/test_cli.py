@@ -149,12 +149,12 @@ def test_help_starts_without_the_libraries_it_does_not_need():
 def test_trace(tmp_path):
     """Named positions by default; a table, a picture, a page and the effects themselves."""
     out = tmp_path / "trace"
-    result = run("trace", "--task", "agreement", "--count", 3, "--out", out, "--quiet")
+    result = run("trace", "--task", "agreement", "--count", 2, "--out", out, "--quiet")
     assert result.exit_code == 0, result.output
     assert "effect on the logit difference" in result.output
     assert sorted(p.name for p in out.iterdir()) == ["effects.html", "effects.safetensors", "map.png"]
     effects = engine.Effects.load(out / "effects.safetensors")
-    assert (list(effects.positions), effects.patched.shape) == (["subject", "attractor", "end"], (3, 3, 30))
+    assert (list(effects.positions), effects.patched.shape) == (["subject", "attractor", "end"], (2, 3, 30))
     for given, said in (
         (["--positions", "first"], "--positions must be named, all, together or last, got 'first'"),
         (["--count", 0], "count"),

@@ -156,7 +156,7 @@ def test_same_length(smollm2, name):
 @pytest.mark.parametrize("name", CONTRASTS)
 def test_smollm2_can_do_it(smollm2, drawn, name):
     """By transformers alone: the clean prompts are answered, the corrupted ones less or the other way."""
-    pairs = drawn(name)
+    pairs = drawn(name).take(range(8))
     want = []
     for texts in (pairs.prompts, pairs.source):
         for text, target, other in zip(texts, pairs.targets, pairs.others, strict=True):
@@ -173,11 +173,11 @@ def test_smollm2_can_do_it(smollm2, drawn, name):
 
 def test_a_sweep_takes_them(smollm2):
     """Every layer's heads together at the end, from the partner: clean and reference are the differences."""
-    pairs = engine.tasks.contrast("agreement", smollm2, count=2)
+    pairs = engine.tasks.contrast("agreement", smollm2, count=1)
     given = dict(metric="logit_difference", targets=pairs.targets, others=pairs.others, progress=False)
     where = dict(site="resid_pre", positions=pairs.positions)
     effects = engine.sweep(smollm2, pairs.prompts, source=pairs.source, **where, **given)
-    assert effects.patched.shape == (2, 3, 30)
+    assert effects.patched.shape == (1, 3, 30)
     clean, corrupted = pairs.differences(smollm2)
     torch.testing.assert_close(effects.clean.float(), clean, atol=1e-3, rtol=0)
     torch.testing.assert_close(effects.reference.float(), corrupted, atol=1e-3, rtol=0)
