@@ -57,7 +57,8 @@ def tiny():
                 unpacked(made[family])
             # Met for the first time, a model is checked and its sites are found: here, so that no test counts those
             # forwards.
-            made[family].site("resid_post")
+            for site in ("z", "resid_post"):
+                made[family].site(site)
             for strategy in ("auto", "expanded", "layered") if family in PACKED else ("auto",):
                 engine.patch(made[family], list(range(1, 97)), heads=None, values=None, strategy=strategy)
         return made[family]
