@@ -92,7 +92,8 @@ def layer_norm(read: Read, x: Any, shape: Any, weight: Any = None, bias: Any = N
     w, b = (
         read.samples(p).view(len(normed), *(1 for _ in normed.shape[1 + p.ndim :]), *p.shape) for p in (weight, bias)
     )
-    return torch.addcmul(b, normed, w)
+    graph = torch.is_grad_enabled() and (normed.requires_grad or w.requires_grad)
+    return torch.addcmul(b, normed, w) if graph else torch.addcmul(b, normed, w, out=normed)
 
 
 def conv(

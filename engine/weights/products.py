@@ -19,11 +19,12 @@ from models.shapes import Float
 
 Way: TypeAlias = Literal["auto", "merge", "wide", "low_rank"]
 # Samples merged at once, and numbers of a merged tile of each: together they and their task vectors stay in the cache.
-SAMPLES, TILE = 16, 2**17
+SAMPLES, TILE = 16, 3 * 2**16
 # Merging one number costs as much as so many multiplications in a product of its own, and a product with a matrix that
 # was just merged at least as much as with so many tokens: measured.
 MERGING, LEAST = 5, 16
-MANY = 32  # tokens, from which on x M^T is faster than M x^T and a copy
+# Tokens and rows of a tile, from which on x M^T in its place is faster than M x^T and a copy: measured.
+TOKENS, ROWS = 32, 200
 
 
 def product(
@@ -103,7 +104,7 @@ def merge(
     for rows, some, tile in tiles(weight, delta, c):
         if rows_in:
             y[some].baddbmm_(x[some, :, rows], tile)
-        elif x.shape[1] >= MANY:
+        elif x.shape[1] >= TOKENS and tile.shape[1] >= ROWS:
             torch.bmm(x[some], tile.mT, out=y[some, :, rows])
         else:
             y[some, :, rows] = torch.bmm(tile, x[some].mT).mT

@@ -31,7 +31,7 @@ class Composition:
 
     def of(self, name: str) -> Float[Tensor, "*batch vectors"]:
         """Coefficients of a parameter."""
-        return self.coefficients[..., self.block[name]].to(self.base[name].dtype)
+        return self.coefficients[..., self.block[name]].to(self.base[name])
 
     def merged(self, name: str) -> Float[Tensor, "*batch *shape"]:
         """theta, of one sample or for each."""

@@ -228,6 +228,11 @@ def test_batch_norm_that_trains():
     assert weights.forward(base.eval(), torch.ones(3, 4), vectors, torch.zeros(3, 1, 4)).shape == (3, 3)
 
 
+def test_autocast(base, vectors):
+    with refused(base, ValueError, "autocast"), torch.autocast("cpu", dtype=torch.bfloat16):
+        weights.forward(base, IDS, vectors, C)
+
+
 def test_answers_of_the_whole_batch():
     hf = zoo.tiny("gpt2")
     vectors = weights.task_vectors(hf, zoo.tiny("gpt2"))

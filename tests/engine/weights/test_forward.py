@@ -104,12 +104,13 @@ def test_batches_that_are_no_multiple_of_a_chunk(batch):
 
 
 @pytest.mark.parametrize("tile", [1, 7, 48, 1000])
-@pytest.mark.parametrize("tokens", [1, 5, products.MANY])
+@pytest.mark.parametrize("tokens", [1, 5, products.TOKENS])
 @pytest.mark.parametrize("rows_in", [False, True])
 @pytest.mark.parametrize("low", [False, True])
 def test_tiles_of_any_size(monkeypatch, tile, tokens, rows_in, low):
     """Also over a buffer that holds what was there before."""
     monkeypatch.setattr(products, "TILE", tile)
+    monkeypatch.setattr(products, "ROWS", 3)
     draw = torch.Generator().manual_seed(0)
     x, c = (torch.randn(*size, generator=draw, dtype=torch.float64) for size in ((19, tokens, 7), (19, 3)))
     size = (7, 5) if rows_in else (5, 7)
@@ -265,6 +266,14 @@ def test_training_mode_and_dropout():
     assert (got == 0).any()
     with torch.no_grad():
         assert off(got, 2 * (got != 0) * by_hand(base[0], tuned, inputs, c)[0]) <= 1e-12
+
+
+def test_inference_mode():
+    base, tuned, inputs = setting(Attention)
+    vectors = weights.task_vectors(base, *tuned)
+    with torch.inference_mode():
+        got = weights.forward(base, inputs, vectors, draw(vectors))
+        assert off(got, by_hand(base, tuned, inputs, draw(vectors))) <= 1e-12
 
 
 def test_answers_of_several_parts():
