@@ -35,6 +35,7 @@ from bench import search as search_case
 from bench import sites as sites_case
 from bench import survey as survey_case
 from bench import sweeps as sweeps_case
+from bench import weights as weights_case
 from bench.cases import CASES
 from bench.machine import describe
 from bench.providers import PROVIDERS
@@ -251,6 +252,20 @@ def edges(
     """Edge attribution of pairs of prompts: seconds, peak memory, and rank correlation with edges that are run."""
     result = edges_case.measure(models.load(model), prompts, steps, exact, compared)
     _show("edges", f"edges, {prompts} pairs, {steps} steps, {model}", result)
+
+
+@app.command()
+def weights(
+    tokens: Annotated[str, typer.Option(help="Lengths, separated by commas.")] = "4,16,64",
+    samples: int = 64,
+    vectors: int = 8,
+    rank: Annotated[int, typer.Option(help="Of the vectors; 0: whole.")] = 0,
+    rounds: int = 5,
+) -> None:
+    """Weights of each sample's own against loops that merge sample by sample, and the plain forward."""
+    for count in _numbers("--tokens", tokens):
+        result = weights_case.measure(count, samples, vectors, rank, rounds)
+        _show("weights", f"weights of each sample's own, {count} tokens", result)
 
 
 @app.command()

@@ -5,7 +5,7 @@ model = models.load("smollm2-135m")
 logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
 """
 
-from engine import distributed, experiments
+from engine import distributed, experiments, weights
 from engine.answers import evaluation
 from engine.answers.decoding import Answer
 from engine.answers.evaluation import Cost, Score, cost, evaluate
@@ -77,4 +77,5 @@ __all__ = [
     "sweep",
     "sweep_knockout",
     "vtv",
+    "weights",
 ]

@@ -26,6 +26,8 @@ def public():
         "engine.metrics": (engine.metrics, ["read_metric", "check_scores"]),
         "engine.sav": (engine.sav, ["SparseAttentionVectors"]),
         "engine.vtv": (engine.vtv, ["extract"]),
+        "engine.weights": (engine.weights, ["TaskVectors", "forward", "merged", "task_vectors"]),
+        "engine.weights.naive": (engine.weights.naive, ["forward"]),
         "engine.mtv": (engine.mtv, ["extract", "Preset", "Step"]),
         "engine.naive": (engine.naive, ["patch"]),
         "engine.core.planning": (engine.core.planning, ["make_plan"]),
