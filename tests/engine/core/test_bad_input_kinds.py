@@ -414,7 +414,7 @@ OPTIONS = {
     "groups array": (
         lambda model: engine.sweep(model, EXAMPLES, VALUES, groups=np.ones((3, 6), dtype=bool), progress=False),
         ValueError,
-        ("groups must be 'heads', 'layers' or masks by name",),
+        ("groups must be 'units', 'heads', 'layers' or masks by name",),
     ),
     "targets": (
         lambda model: tasks.first_token_losses(model, PROMPTS, [1], heads=MASK, values=VALUES),
