@@ -6,24 +6,12 @@ import torch
 import engine
 import models
 from tests import plain
-from tests.sites import LIMIT, Family
+from tests.sites import LIMIT
 
 IDS = [[5, 17, 33, 2, 71, 8, 90], [6, 17, 33, 4, 71, 80, 9]]
 SOURCES = [[5, 18, 33, 3, 70, 8, 90], [6, 11, 30, 4, 7, 8, 9]]
 TARGET = [13, 44]
 T, LAST = 7, (6,)
-
-
-@pytest.fixture(scope="module")
-def families():
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = Family(name)
-        return made[name]
-
-    return make
 
 
 def options(**more):

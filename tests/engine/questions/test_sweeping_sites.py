@@ -8,25 +8,13 @@ import models
 from engine.questions import sweeping
 from engine.questions.sweeping import together
 from tests import plain
-from tests.sites import LIMIT, Family
+from tests.sites import LIMIT
 
 IDS = [[5, 17, 33, 2, 71, 8, 90], [6, 17, 33, 4, 71, 80, 9]]
 SOURCES = [[5, 18, 33, 3, 70, 8, 90], [6, 11, 30, 4, 7, 8, 9]]
 TARGET = [13, 44]
 ALONE = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 SITES = (*ALONE, "mlp_act", "z", "q", "k", "v", "pattern")
-
-
-@pytest.fixture(scope="module")
-def families():
-    made = {}
-
-    def make(name):
-        if name not in made:
-            made[name] = Family(name)
-        return made[name]
-
-    return make
 
 
 @torch.no_grad()
