@@ -20,7 +20,7 @@ from engine.core.planning import Plan
 from engine.core.prefix import Prefix, PrefixPool, prefill
 from engine.core.rowstep import RowStep
 from engine.methods import function_vectors as fv
-from engine.methods import mtv, sav, vtv
+from engine.methods import mtv, sav, vtv, vtvc
 from engine.questions import circuits, groups, metrics
 from engine.questions.attribution import attribute
 from engine.questions.edges.estimates import attribute_edges
@@ -77,5 +77,6 @@ __all__ = [
     "sweep",
     "sweep_knockout",
     "vtv",
+    "vtvc",
     "weights",
 ]

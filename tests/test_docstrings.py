@@ -26,6 +26,7 @@ def public():
         "engine.metrics": (engine.metrics, ["read_metric", "check_scores"]),
         "engine.sav": (engine.sav, ["SparseAttentionVectors"]),
         "engine.vtv": (engine.vtv, ["extract"]),
+        "engine.vtvc": (engine.vtvc, ["Posterior", "features_of", "fit"]),
         "engine.weights": (engine.weights, ["TaskVectors", "forward", "merged", "task_vectors"]),
         "engine.weights.naive": (engine.weights.naive, ["forward"]),
         "engine.mtv": (engine.mtv, ["extract", "Preset", "Step"]),

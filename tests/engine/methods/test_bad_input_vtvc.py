@@ -1,0 +1,103 @@
+"""Bad input to `engine.vtvc` is refused before any step, in words that name it."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+
+
+@pytest.fixture
+def base():
+    return nn.Linear(3, 2)
+
+
+@pytest.fixture
+def given(base):
+    return dict(
+        model=base,
+        vectors=engine.weights.task_vectors(base, deepcopy(base)),
+        inputs=torch.randn(6, 3),
+        loss=lambda logits, at: logits.sum(dim=1),
+        progress=False,
+        epochs=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "words"),
+    [
+        (dict(vectors="x"), TypeError, ("TaskVectors", "str")),
+        (dict(model=nn.Linear(4, 2)), ValueError, ("[2, 4]", "[2, 3]")),
+        (dict(inputs=[1]), (TypeError, ValueError), ("list",)),
+        (dict(inputs={}), ValueError, ("samples",)),
+        (dict(inputs=torch.zeros(0, 3)), ValueError, ("samples",)),
+        (dict(inputs={"input": torch.zeros(2, 3), "more": torch.zeros(3, 3)}), ValueError, ("'more': 3",)),
+        (dict(loss=3), TypeError, ("function", "int")),
+        (dict(posterior="gate"), ValueError, ("'gate'", "spike_and_slab")),
+        (dict(features=torch.zeros(5, 2)), ValueError, ("[6 samples", "[5, 2]")),
+        (dict(features=torch.full((6, 2), float("nan"))), ValueError, ("finite", "row 0")),
+        (dict(features=torch.zeros(6, 2).long()), ValueError, ("int64",)),
+        (dict(blocks="head"), ValueError, ("'head'",)),
+        (dict(constants={}), TypeError, ("Constants", "dict")),
+        (dict(constants=engine.vtvc.Constants(psi1=0.0)), ValueError, ("psi1", "0.0")),
+        (dict(constants=engine.vtvc.Constants(pi=1.0)), ValueError, ("pi", "1.0")),
+        (dict(constants=engine.vtvc.Constants(kl=float("nan"))), ValueError, ("kl", "nan")),
+        (dict(epochs=0), ValueError, ("epochs", "0")),
+        (dict(batch=1.5), (TypeError, ValueError), ("batch", "1.5")),
+        (dict(lr=0), ValueError, ("lr", "0")),
+        (dict(lr=float("inf")), ValueError, ("lr", "inf")),
+        (dict(weight_decay=-1), ValueError, ("weight_decay", "-1")),
+        (dict(clip=True), ValueError, ("clip", "True")),
+        (dict(seed=1.5), (TypeError, ValueError), ("seed", "1.5")),
+        (dict(checkpoint_every=0), ValueError, ("checkpoint_every", "0")),
+    ],
+)
+def test_refused(given, wrong, error, words):
+    with pytest.raises(error) as caught:
+        engine.vtvc.fit(**{**given, **wrong})
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_loss_of_another_shape_or_not_finite(given):
+    with pytest.raises(ValueError, match=r"one number a sample, \[6\], got torch.float32 \[\]"):
+        engine.vtvc.fit(**given | {"loss": lambda logits, at: logits.sum()})
+    with pytest.raises(ValueError, match="loss of sample 3 is not finite at step 0"):
+        engine.vtvc.fit(**given | {"loss": lambda logits, at: torch.where(at == 3, torch.nan, logits.sum(dim=1))})
+
+
+def test_a_checkpoint_of_something_else(given, tmp_path):
+    file = tmp_path / "checkpoint.safetensors"
+    engine.vtvc.fit(**given, checkpoint=file)
+    with pytest.raises(ValueError, match=r"'lr': 0\.01"):
+        engine.vtvc.fit(**given | {"lr": 0.02}, checkpoint=file)
+    with pytest.raises(ValueError, match="'data'"):
+        engine.vtvc.fit(**given | {"inputs": torch.randn(6, 3)}, checkpoint=file)
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="truncated"):
+        engine.vtvc.fit(**given, checkpoint=file)
+
+
+def test_features_that_the_base_does_not_give(base):
+    with pytest.raises(ValueError, match=r"give features="):
+        engine.vtvc.features_of(nn.Conv1d(3, 2, 1), torch.zeros(4, 3, 5))
+    with pytest.raises(ValueError, match="batch"):
+        engine.vtvc.features_of(base, torch.zeros(4, 3), batch=0)
+
+
+def test_files_of_something_else(base, tmp_path):
+    engine.weights.task_vectors(base, deepcopy(base)).save(tmp_path / "vectors.safetensors")
+    with pytest.raises(ValueError, match="not a file of a posterior"):
+        engine.vtvc.Posterior.load(tmp_path / "vectors.safetensors")
+    with pytest.raises(FileNotFoundError):
+        engine.vtvc.Posterior.load(tmp_path / "none.safetensors")
+
+
+def test_features_of_another_size():
+    made = engine.vtvc.Posterior("gated", ("a",), ("b",), 3, engine.vtvc.Constants())
+    for wrong in (torch.zeros(2, 4), torch.zeros(3), "x"):
+        with pytest.raises(ValueError, match=r"\[batch, 3\]"):
+            made.coefficients(wrong)
