@@ -16,7 +16,12 @@ from engine.experiments.composition import DEFAULTS, WAYS, run
 
 def weights(
     kind: Annotated[str, typer.Argument(help="images or texts.")] = "images",
-    sets: Annotated[list[str] | None, typer.Option("--set", help="May be repeated; default all of the kind.")] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="May be repeated; default all pictures; films, tweets, glosses (also: products, news)."
+        ),
+    ] = None,
     way: Annotated[list[str] | None, typer.Option(help=f"May be repeated; default all: {', '.join(WAYS)}.")] = None,
     negation: Annotated[bool, typer.Option(help="Also make the base forget each set.")] = True,
     seeds: Annotated[int | None, typer.Option(help="Of splits, training and fits; default 3.")] = None,
@@ -27,8 +32,8 @@ def weights(
 ) -> None:
     """Compose task vectors of weights, for all or for each sample (VTVC), and compare with eight other ways.
 
-    Trains what it needs: a small vision transformer on six packaged sets of pictures, or MiniLM on five of sentences. A
-    run that is stopped goes on where it was.
+    Trains what it needs: a small vision transformer on six packaged sets of pictures, or MiniLM on three of sentences.
+    A run that is stopped goes on where it was.
     """
     with console.plain_errors():
         if kind not in DEFAULTS:

@@ -95,8 +95,8 @@ def pretrained(
     return encoder
 
 
-def fitted_heads(encoder: nn.Module, parts: Sequence[Labelled]) -> Heads:
-    """Logistic regressions of scikit-learn on the base's features; they stay as they are from here on."""
+def fitted_heads(encoder: nn.Module, parts: Sequence[Labelled], c: float = 1.0) -> Heads:
+    """Logistic regressions of scikit-learn (C=c) on the base's features; they stay as they are from here on."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -104,7 +104,9 @@ def fitted_heads(encoder: nn.Module, parts: Sequence[Labelled]) -> Heads:
     weights, biases = [], []
     for part in parts:
         h = features_of(encoder, part)
-        found = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(h.numpy(), part.labels.numpy())
+        found = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
+            h.numpy(), part.labels.numpy()
+        )
         scaler, regression = found[0], found[1]
         if len(regression.classes_) not in (2, len(part.classes)) or len(regression.classes_) < len(part.classes):
             raise ValueError(f"set {part.name!r} has samples of {len(regression.classes_)} of its classes: give more")
