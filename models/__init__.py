@@ -17,6 +17,7 @@ from models.interface import (
     SiteShape,
     UnsupportedModelError,
 )
+from models.linear import reordered
 from models.opening import load, wrap
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "SiteShape",
     "UnsupportedModelError",
     "load",
+    "reordered",
     "wrap",
 ]

@@ -6,14 +6,32 @@ float32 either way and nothing is copied: only the order of summation differs, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.calls import Passing, current
+from models.interface import Model, UnsupportedModelError
+
+ROWS = 32  # tokens that the order of packed weights is best for
+
+
+class Pack(NamedTuple):
+    """Weights of a layer once more, in the order that oneDNN multiplies by. version: of the weight then."""
+
+    weight: Tensor
+    version: int
+    reordered: Tensor
+
+
+# By layer, of the models that are packed in this context.
+_packs: ContextVar[Mapping[nn.Linear, Pack]] = ContextVar("packs", default=MappingProxyType({}))
 
 
 def onednn_layers(modules: Sequence[nn.Module]) -> list[nn.Linear]:
@@ -42,4 +60,56 @@ def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and x.numel()
     if others or not plain:
         return nn.functional.linear(x, weight, bias)
+    pack = _packs.get().get(layer)
+    if pack is not None and pack.weight is weight and pack.version == weight._version:
+        weight = pack.reordered
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@contextmanager
+def reordered(model: Model) -> Iterator[None]:
+    """Within: linear layers multiply by weights that were reordered once, in place of at every call; the same bits.
+
+    model: float32, on the CPU. Takes the memory of a second copy of its linear weights while it lasts, and pays for
+           calls of few tokens: rows on a prefix that is used again. Only this thread sees it; so do not write weights
+           meanwhile: a layer whose weights torch knows to be written is multiplied by the new ones as without this.
+
+    Raises UnsupportedModelError if there is no layer to reorder: another dtype or device, layers that somebody wraps
+    (nnsight), a torch without oneDNN. RuntimeError at the end if weights were written unseen (through `.data`), since
+    what was computed in between is of the old ones.
+
+    >>> with models.reordered(model):
+    ...     logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
+    """
+    hf: Any = getattr(model, "hf", None)
+    if not isinstance(hf, nn.Module):
+        raise TypeError(f"expected a model of models.load or models.wrap, got {type(model).__name__}")
+    layers = [layer for layer in onednn_layers(list(hf.modules())) if _plain(layer)]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{model.name} has no linear layers to reorder: expected float32 weights on the CPU"
+        )
+    with torch.no_grad():
+        packs = {layer: Pack(layer.weight, layer.weight._version, _pack(layer.weight)) for layer in layers}
+    token = _packs.set({**_packs.get(), **packs})
+    try:
+        yield
+    finally:
+        _packs.reset(token)
+    for layer, (weight, version, reordered) in packs.items():
+        if weight is layer.weight and version == weight._version and not torch.equal(reordered.to_dense(), weight):
+            raise RuntimeError(
+                f"weights of {model.name} were written while they were reordered, through .data (a layer "
+                f"{list(weight.shape)}): what was computed since is of the old ones. Write them before"
+            )
+
+
+def _plain(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    mine = "forward" not in layer.__dict__ and not weight.is_inference()
+    return mine and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
+def _pack(weight: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    return found

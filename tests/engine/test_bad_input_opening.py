@@ -109,3 +109,8 @@ def test_wrapping_a_model_with_one_odd_layer():
 def test_an_unknown_backend():
     with pytest.raises(ValueError, match=r"backend must be one of .*nnsight.*got 'jax'"):
         models.load("smollm2-135m", backend="jax")
+
+
+def test_reordered_takes_a_model():
+    with pytest.raises(TypeError, match=r"a model of models\.load or models\.wrap, got str"), models.reordered("llama"):
+        pass

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import engine
 import models
 from models import zoo
 from models.linear import onednn_layers, onednn_linear
@@ -119,3 +120,69 @@ def test_used_by_every_forward_of_a_model(calls):
     with torch.no_grad():
         model.forward(torch.tensor([[1, 2, 3]]))
     assert len(calls) == 3 * 7 + 1  # q, k, v, o and three of the MLP a layer, and the vocabulary
+
+
+@pytest.fixture
+def tiny_llama():
+    hf = zoo.tiny("llama")
+    return hf, models.wrap(hf, name="tiny")
+
+
+def rows_of(model):
+    """Logits of four rows with random heads replaced by random values."""
+    shape, random = model.shape, torch.Generator().manual_seed(0)
+    masks = torch.rand(4, shape.n_layers, shape.n_heads, generator=random) < 0.5
+    values = torch.randn(shape.n_layers, shape.n_heads, shape.head_dim, generator=random)
+    return engine.patch(model, list(range(1, 40)), heads=masks, values=values)
+
+
+def test_reordered_weights_give_the_same_bits(tiny_llama, monkeypatch):
+    model = tiny_llama[1]
+    plain, kinds, operation = rows_of(model), [], torch.ops.mkldnn._linear_pointwise
+
+    def look(x, weight, *more):
+        kinds.append(weight.is_mkldnn)
+        return operation(x, weight, *more)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", look)
+    with models.reordered(model):
+        assert torch.equal(rows_of(model), plain)
+        assert kinds
+        assert all(kinds)
+        kinds.clear()
+        other = models.wrap(zoo.tiny("gpt2"), name="other")
+        rows_of(other)
+        assert not any(kinds)
+    kinds.clear()
+    assert torch.equal(rows_of(model), plain)
+    assert not any(kinds)
+
+
+def test_reordered_weights_that_are_written_or_replaced_are_not_used(tiny_llama):
+    hf, model = tiny_llama
+    layer, found = hf.model.layers[0].mlp.down_proj, []
+    kept = layer.weight.detach().clone()
+    with models.reordered(model):
+        found.append(rows_of(model))
+        with torch.no_grad():
+            layer.weight.mul_(3)
+        found.append(rows_of(model))
+        layer.weight = nn.Parameter(kept / 2)
+        found.append(rows_of(model))
+    for logits, times in zip(found, (1, 3, 0.5), strict=True):
+        layer.weight = nn.Parameter(kept * times)
+        assert torch.equal(rows_of(model), logits)
+
+
+def test_reordered_weights_written_unseen_are_found_at_the_end(tiny_llama):
+    hf, model = tiny_llama
+    with pytest.raises(RuntimeError, match=r"through \.data"), models.reordered(model):
+        hf.lm_head.weight.data[3, 2] += 1
+    with models.reordered(model):
+        pass
+
+
+def test_what_cannot_be_reordered_is_refused():
+    half = models.wrap(zoo.tiny("llama").to(torch.bfloat16), name="half")
+    with pytest.raises(models.UnsupportedModelError, match="float32 weights on the CPU"), models.reordered(half):
+        pass
