@@ -49,9 +49,10 @@ def weights(
         for title, rows in (("task addition", results.rows()), ("task negation", results.negation_rows())):
             if rows:
                 table = Table(title=f"{title}, {kind}, {asdict(options)['seeds']} seed(s)")
-                for column in rows[0]:
+                columns = [column for column in rows[0] if column not in results.addition[0]["right"]]
+                for column in columns:
                     table.add_column(column, overflow="fold")
                 for row in rows:
-                    table.add_row(*row.values())
+                    table.add_row(*(row[column] for column in columns))
                 out.print(table)
         console.list_files(folder, ["results.json", "scores.png"])

@@ -32,7 +32,8 @@ class Options:
     samples:    of each set at most, in all four parts.
     base_steps: in which the vision transformer is trained on all sets at once, of 64 pictures.
     tune_steps, tune_lr: of finetuning on one set: mild.
-    epochs:     in which coefficients are learned; those that all samples share, twice as many.
+    epochs:     in which coefficients are learned; those that all samples share, twice as many. forget_epochs: of
+                negation.
     tokens:     of a sentence at most.
     head_c:     inverse strength of the heads' regularisation (scikit-learn's C).
     """
@@ -42,7 +43,8 @@ class Options:
     base_steps: int = 200
     tune_steps: int = 300
     tune_lr: float = 1e-3
-    epochs: int = 10
+    epochs: int = 8
+    forget_epochs: int = 3
     tokens: int = 16
     head_c: float = 1.0
 
@@ -73,9 +75,9 @@ class Results:
             mine = [one for one in self.addition if one["way"] == way]
             row = {"way": way, "mean": _spread([one["mean"] for one in mine])}
             apart = [100 * (gated[one["seed"]] - one["mean"]) for one in mine if one["seed"] in gated]
-            row["gated less this, points"] = _spread(apart, 1) if apart and way != "gated (VTVC)" else ""
-            row |= {name: f"{ways.mean([one['right'][name] for one in mine]):.2f}" for name in names}
+            row["gated less it"] = _spread(apart, 1) if apart and way != "gated (VTVC)" else ""
             row["zeros"] = f"{ways.mean([one['zeros'] for one in mine]):.0%}"
+            row |= {name: f"{ways.mean([one['right'][name] for one in mine]):.2f}" for name in names}
             found.append(row)
         return found
 
@@ -176,7 +178,15 @@ def _setting(
     train, names = [one["train"] for one in split], tuple(one.name for one in loaded)
     mine = folder / f"{kind}-{seed}"
     mine.mkdir(exist_ok=True)
-    made = {"kind": kind, "names": names, "seed": seed, **asdict(options), "seeds": None, "epochs": None}
+    made = {
+        "kind": kind,
+        "names": names,
+        "seed": seed,
+        **asdict(options),
+        "seeds": None,
+        "epochs": None,
+        "forget_epochs": None,
+    }
     told, paths = mine / "made.json", {part: mine / f"{part}.safetensors" for part in ("base", "heads", "vectors")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -205,7 +215,7 @@ def _setting(
         write_whole(told, json.dumps(made))
     parts = {part: ways.Part.of(base, [one[part] for one in split]) for part in ("compose", "select", "test")}
     heads.requires_grad_(False)
-    return ways.Setting(base, heads, vectors, parts, names, options.epochs, seed, mine, progress)
+    return ways.Setting(base, heads, vectors, parts, names, options.epochs, options.forget_epochs, seed, mine, progress)
 
 
 def _kept(path: Path, identity: Record, make: Callable[[], Any]) -> Record:

@@ -19,7 +19,7 @@ from engine.tasks import easy_vqa
 
 SIZE = 32  # pixels of a side
 GLOSSES = 10  # files of nouns
-PARTS = {"train": 0.65, "compose": 0.1, "select": 0.07, "test": 0.18}
+PARTS = {"train": 0.45, "compose": 0.3, "select": 0.07, "test": 0.18}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from engine.experiments import composition
 from engine.experiments.composition import fetching, sets, stages, ways
 from engine.experiments.composition.sets import Labelled
 
-SMALL = composition.Options(seeds=1, samples=200, base_steps=4, tune_steps=3, epochs=1)
+SMALL = composition.Options(seeds=1, samples=200, base_steps=4, tune_steps=3, epochs=1, forget_epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_fitted_heads_are_scikit_learns(pictures):
 def test_all_of_it_and_again_from_its_files(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(ways, "STRENGTHS", [0.0, 0.5, 1.0])
-    monkeypatch.setattr(ways, "SCALES", [0.1, 0.3])
+    monkeypatch.setattr(ways, "SCALES", [0.0, 0.3])
     options = dict(folder=tmp_path, names=("mnist", "digits"), progress=False, say=said.append)
     results = composition.run("images", SMALL, **options)
     assert [one["way"] for one in results.addition] == list(ways.WAYS)
@@ -105,7 +105,7 @@ def test_all_of_it_and_again_from_its_files(tmp_path, monkeypatch):
     assert again.rows() == results.rows()
     assert again.negation_rows() == results.negation_rows()
     with pytest.raises(AssertionError, match="made again"):
-        composition.run("images", composition.Options(1, 200, 4, 3, 6e-4, 1), **options)
+        composition.run("images", composition.Options(1, 200, 4, 3, 6e-4, 1, 1), **options)
 
 
 def test_zero_shot_and_individual_are_what_the_models_themselves_do(tmp_path, pictures):
@@ -127,7 +127,7 @@ def test_zero_shot_and_individual_are_what_the_models_themselves_do(tmp_path, pi
     assert all(torch.equal(before[name], x) for name, x in base.state_dict().items())
     vectors = composition.running.task_vectors(base, *tuned, names=["mnist", "digits"])
     parts = {name: ways.Part.of(base, [one[name] for one in split]) for name in ("compose", "select", "test")}
-    setting = ways.Setting(base, heads, vectors, parts, ("mnist", "digits"), 1, 0, tmp_path, False)
+    setting = ways.Setting(base, heads, vectors, parts, ("mnist", "digits"), 1, 1, 0, tmp_path, False)
     zero, own = ways.added(setting, "zero-shot"), ways.added(setting, "individual")
     for at, encoder in enumerate(tuned):
         test = split[at]["test"]
