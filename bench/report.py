@@ -17,6 +17,7 @@ from engine.artifacts import write_whole
 # Okabe and Ito's colours and two more: told apart by the colour-blind, and by their markers in grey.
 LOOKS = {
     "packed": ("#D55E00", "o"),
+    "reordered": ("#8B0000", "d"),
     "layered": ("#F0E442", "p"),
     "rowstep": ("#A50F15", "h"),
     "expanded": ("#E69F00", "s"),

@@ -31,7 +31,7 @@ class Pack(NamedTuple):
 
 
 # By layer, of the models that are packed in this context.
-_packs: ContextVar[Mapping[nn.Linear, Pack]] = ContextVar("packs", default=MappingProxyType({}))
+PACKS: ContextVar[Mapping[nn.Linear, Pack]] = ContextVar("packs", default=MappingProxyType({}))
 
 
 def onednn_layers(modules: Sequence[nn.Module]) -> list[nn.Linear]:
@@ -60,7 +60,7 @@ def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and x.numel()
     if others or not plain:
         return nn.functional.linear(x, weight, bias)
-    pack = _packs.get().get(layer)
+    pack = PACKS.get().get(layer)
     if pack is not None and pack.weight is weight and pack.version == weight._version:
         weight = pack.reordered
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -81,6 +81,22 @@ def reordered(model: Model) -> Iterator[None]:
     >>> with models.reordered(model):
     ...     logits = engine.patch(model, "Q: hot\\nA:", heads=masks, values=means)
     """
+    packs = packs_of(model)
+    token = PACKS.set({**PACKS.get(), **packs})
+    try:
+        yield
+    finally:
+        PACKS.reset(token)
+    for layer, (weight, version, reordered) in packs.items():
+        if weight is layer.weight and version == weight._version and not torch.equal(reordered.to_dense(), weight):
+            raise RuntimeError(
+                f"weights of {model.name} were written while they were reordered, through .data (a layer "
+                f"{list(weight.shape)}): what was computed since is of the old ones. Write them before"
+            )
+
+
+def packs_of(model: Model) -> dict[nn.Linear, Pack]:
+    """Of all linear layers that can be. Raises as `reordered`."""
     hf: Any = getattr(model, "hf", None)
     if not isinstance(hf, nn.Module):
         raise TypeError(f"expected a model of models.load or models.wrap, got {type(model).__name__}")
@@ -90,18 +106,7 @@ def reordered(model: Model) -> Iterator[None]:
             f"{model.name} has no linear layers to reorder: expected float32 weights on the CPU"
         )
     with torch.no_grad():
-        packs = {layer: Pack(layer.weight, layer.weight._version, _pack(layer.weight)) for layer in layers}
-    token = _packs.set({**_packs.get(), **packs})
-    try:
-        yield
-    finally:
-        _packs.reset(token)
-    for layer, (weight, version, reordered) in packs.items():
-        if weight is layer.weight and version == weight._version and not torch.equal(reordered.to_dense(), weight):
-            raise RuntimeError(
-                f"weights of {model.name} were written while they were reordered, through .data (a layer "
-                f"{list(weight.shape)}): what was computed since is of the old ones. Write them before"
-            )
+        return {layer: Pack(layer.weight, layer.weight._version, _pack(layer.weight)) for layer in layers}
 
 
 def _plain(layer: nn.Linear) -> bool:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import engine
+import models
 from bench.limits import Sizes
 from bench.providers import naive
 from bench.providers.provider import BATCH, Cannot, Prompt, Provider
 from engine import tasks
 from models import Model
+from models.linear import PACKS, packs_of
 
 
 class Ours(Provider):
@@ -61,6 +64,26 @@ class Packed(Sharing):
 
     def means(self, prompts: Tensor) -> Tensor:
         return engine.mean_activations(self.model, list(prompts), progress=False)
+
+
+class Reordered(Sharing):
+    """Packed rows as within `models.reordered`, in a context of its own, which lasts as long as this does."""
+
+    name, strategy = "reordered", "packed"
+
+    def __init__(self, hf: Any, model: Model):
+        super().__init__(hf, model)
+        self._context = copy_context()
+        try:
+            self._context.run(PACKS.set, packs_of(model))
+        except models.UnsupportedModelError as error:
+            raise Cannot(str(error)) from error
+
+    def patch(self, prompt: Prompt, heads: Tensor, values: Tensor) -> Tensor:
+        return self._context.run(super().patch, prompt, heads, values)
+
+    def generate(self, ids: Tensor, heads: Tensor, values: Tensor, new_tokens: int) -> Tensor:
+        raise Cannot("see packed")
 
 
 class Layered(Sharing):

@@ -74,7 +74,12 @@ def test_other_heads_are_another_answer(ready, name):
         assert apart(case, provider.model, question, answer, question, want) > TOLERANCE[torch.bfloat16]
 
 
-SHARED = {"packed": 8 + 4, "expanded": 8 + 4, "layered": 8 + 1 + 4}  # the layered one adds an unpatched row
+SHARED = {
+    "packed": 8 + 4,
+    "reordered": 8 + 4,
+    "expanded": 8 + 4,
+    "layered": 8 + 1 + 4,
+}  # the layered one adds an unpatched row
 
 
 @pytest.mark.parametrize("name", [name for name in PROVIDERS if name != "rowstep"])
