@@ -162,7 +162,7 @@ def _found(setting: Setting, of: Callable[[str], Coefficients], chosen: str = ""
 # --- negation ---
 
 NEGATIONS: dict[str, Kind | None] = {"scalar": None, "gated (VTVC)": "gated"}
-STRENGTHS = [0.25 * i for i in range(13)]
+STRENGTHS = {"scalar": SCALES, "gated (VTVC)": [0.25 * i for i in range(13)]}
 KEPT = 0.95  # of the base's accuracy on the other sets, on the select part
 
 
@@ -196,8 +196,8 @@ def negated(setting: Setting, target: int, way: str) -> Forgotten:
         right = accuracies(setting, part, strength * unit(part), vector)
         return right[target], mean([right[at] for at in range(len(right)) if at != target])
 
-    tried = {s: scores("select", s) for s in STRENGTHS}
-    keeping = [s for s in STRENGTHS if tried[s][1] >= KEPT * tried[0.0][1]]
+    tried = {s: scores("select", s) for s in STRENGTHS[way]}
+    keeping = [s for s in tried if tried[s][1] >= KEPT * tried[0.0][1]]
     best = min(keeping, key=lambda s: tried[s][0])
     labels = setting.parts["test"].labels[setting.parts["test"].sets == target]
     chance = labels.bincount().max().item() / len(labels)

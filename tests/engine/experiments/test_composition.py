@@ -79,7 +79,7 @@ def test_fitted_heads_are_scikit_learns(pictures):
 
 def test_all_of_it_and_again_from_its_files(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(ways, "STRENGTHS", [0.0, 0.5, 1.0])
+    monkeypatch.setattr(ways, "STRENGTHS", {way: [0.0, 0.5, 1.0] for way in ways.NEGATIONS})
     monkeypatch.setattr(ways, "SCALES", [0.0, 0.3])
     options = dict(folder=tmp_path, names=("mnist", "digits"), progress=False, say=said.append)
     results = composition.run("images", SMALL, **options)
@@ -92,7 +92,7 @@ def test_all_of_it_and_again_from_its_files(tmp_path, monkeypatch):
     assert rows["individual"]["zeros"] == "50%"
     for one in results.negation:
         assert 0 <= one["chance"] <= 1
-        assert one["strength"] in ways.STRENGTHS
+        assert one["strength"] in ways.STRENGTHS[one["way"]]
     assert json.loads((tmp_path / "results.json").read_text())["addition"] == json.loads(json.dumps(results.addition))
     assert all((tmp_path / name).is_file() for name in ("scores.png", "coefficients.png"))
 
