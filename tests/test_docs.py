@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 FEWER = {"count": 2, "steps": 2, "shots": 2, "max_new_tokens": 4}
 SLICE = re.compile(r"\[:(20|50|100)\]")
 # Pages whose answers are SmolLM2's own; the README's example is also run as it is installed (test_wheel).
-REAL = [DOCS / "questions" / "changes.md"]
+REAL = [DOCS / "questions" / "changes.md", DOCS / "questions" / "steer.md"]
 LARGE = "meta-llama/Llama-3.1-70B-Instruct"
 # What a page leaves to its reader.
 BEFORE = {
