@@ -57,8 +57,10 @@ def meaning(lines: list[str]) -> str:
             parts.append([line])
         else:
             parts[-1].append(line)
+    if len(parts) < 3:
+        return prose(" ".join(lines))
     first, *listed = (prose(" ".join(part)) for part in parts)
-    return "\n".join([first, *([""] if listed else []), *(f"    - {part}" for part in listed)])
+    return "\n".join([first, "", *(f"    - {part}" for part in listed)])
 
 
 def prose(text: str) -> str:
