@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import engine
 import models
@@ -67,18 +66,6 @@ def fewer(code):
     for name, most in FEWER.items():
         code = re.sub(rf"\b{name}=(\d+)", lambda found, n=name, m=most: f"{n}={min(m, int(found[1]))}", code)
     return SLICE.sub("[:5]", code)
-
-
-@pytest.fixture(scope="module")
-def small(smollm2):
-    """SmolLM2's layers, heads and tokenizer, random weights a tenth as wide: as quick as its loops are."""
-    config = LlamaConfig(
-        hidden_size=36, intermediate_size=72, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        head_dim=4, vocab_size=smollm2.shape.vocab_size, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return models.wrap(LlamaForCausalLM(config).eval(), smollm2.tokenizer, name="smollm2-small")
 
 
 @pytest.fixture
