@@ -187,6 +187,14 @@ def test_shows_the_two_commands():
     assert len(text.splitlines()) < 100  # a page
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(name):
+    """Those of the site's pages are checked as it is built."""
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / name).read_text())
+    assert links
+    assert not [link for link in links if "://" not in link and not (ROOT / link).exists()]
+
+
 def documented():
     return re.findall(r"^::: (\S+)", "\n".join(page.read_text() for page in DOCS.rglob("api/*.md")), re.MULTILINE)
 
