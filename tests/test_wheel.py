@@ -73,12 +73,13 @@ def test_fifteen_lines(wheel, tmp_path):
     Path(paths[0], "lent.pth").write_text("\n".join(lent))
     pip("--python", python, "install", "--no-deps", "--no-index", wheel)
     code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
-    assert "count=100" in code
-    assert "steps=100" in code
+    for good, quick in {"count=100": "count=4", "steps=100": "steps=2", "train[:100]": "train[:9]"}.items():
+        assert good in code
+        code = code.replace(good, quick)
     script = tmp_path / "fifteen.py"
-    script.write_text(CHECKS + code.replace("count=100", "count=4").replace("steps=100", "steps=2"))
+    script.write_text(CHECKS + code)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ran = subprocess.run([python, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run([python, script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
     command = home / "bin" / "headpatch"
