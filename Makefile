@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test test-all check bench clean
+.PHONY: setup demo test test-all check bench docs clean
 
 setup: $(READY)
 
@@ -36,6 +36,10 @@ check: setup
 # Under three minutes on two cores; `$(BIN)/python -m bench` is the whole grid.
 bench: setup
 	$(BIN)/python -m bench --quick
+
+# The site, into out/site/index.html; a link that leads nowhere is an error (a test builds it too).
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) out

@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from transformers import LlamaConfig, LlamaForCausalLM
 
 torch.set_num_threads(1)
 
@@ -75,6 +76,18 @@ def model(tiny):
 def smollm2():
     """The real model the demo runs on."""
     return models.load("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def small(smollm2):
+    """For examples: SmolLM2's layers, heads and tokenizer, random weights of a sixteenth of its width."""
+    config = LlamaConfig(
+        hidden_size=36, intermediate_size=72, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        head_dim=4, vocab_size=smollm2.shape.vocab_size, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return models.wrap(LlamaForCausalLM(config).eval(), smollm2.tokenizer, name="smollm2-small")
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from engine import Example
 from engine.core.planning import make_plan
 from engine.tasks import Pair
 
+# What they show is SmolLM2's own; the others run on a model of its layers, heads and tokenizer that is quicker.
+REAL = ("engine.tasks.Contrast.differences", "engine.tasks.first_token_hits")
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -57,23 +59,23 @@ EXAMPLES = {
 
 
 @pytest.fixture(scope="module")
-def means(smollm2):
+def means(small):
     return engine.mean_activations(
-        smollm2, ["Q: up\nA: down\n\nQ: old\nA:", "Q: in\nA: out\n\nQ: big\nA:"], progress=False
+        small, ["Q: up\nA: down\n\nQ: old\nA:", "Q: in\nA: out\n\nQ: big\nA:"], progress=False
     )
 
 
 @pytest.fixture
-def names(smollm2, means, tmp_path, monkeypatch):
+def names(small, means, tmp_path, monkeypatch):
     """What the examples speak of: a model, mean activations, a folder with a saved vector."""
     monkeypatch.chdir(tmp_path)
     mask = torch.zeros(30, 9, dtype=torch.bool)
     mask[10, 3] = mask[12, 0] = True
-    engine.TaskVector(mask, means, mask.float(), {"model": smollm2.name}).save("antonyms.safetensors")
+    engine.TaskVector(mask, means, mask.float(), {"model": small.name}).save("antonyms.safetensors")
     return dict(
         engine=engine,
         models=models,
-        model=smollm2,
+        model=small,
         means=means,
         masks=mask.expand(4, -1, -1),
         Example=Example,
@@ -89,10 +91,10 @@ def names(smollm2, means, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_example(names, name):
+def test_example(names, name, smollm2):
     said = []
     example = EXAMPLES[name]
-    example.globs = names
+    example.globs = names | dict(model=smollm2) if name in REAL else names
     doctest.DocTestRunner(optionflags=OPTIONS).run(example, out=said.append)
     assert not said, "".join(said)
 
