@@ -240,11 +240,11 @@ def extract(
         raise ValueError(f"expected weight_decay >= 0, got {weight_decay!r}")
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function of a Step, got {on_step!r}")
-    read_sites(model, [site])
-    size, at = model.site(site), read_positions(positions)
-    if not size.width:
+    at = read_positions(positions)
+    if site in ("scores", "pattern"):
         raise ValueError(f"{site} has a number for each token of a prompt: there is no one vector for all prompts")
-    mask = read_units(site, size, units)
+    read_sites(model, [site])
+    mask = read_units(site, size := model.site(site), units)
     if len(mask) != 1 or not mask.any():
         raise ValueError(f"units must be of one row, and at least one, got {len(mask)} rows, {int(mask.sum())} units")
     given, held_out = read_held_out(examples, validation, options.seed)

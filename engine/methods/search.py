@@ -46,8 +46,7 @@ class Descent:
         return torch.randint(n, (count,), generator=self.random).tolist()
 
     def descend(self, objective: Tensor, losses: Tensor) -> None:
-        self.adam.zero_grad()
-        objective.backward()
+        (self.theta.grad,) = torch.autograd.grad(objective, self.theta)  # and none of the weights
         self.adam.step()
         self.losses.append(losses.mean().item())
 
@@ -189,8 +188,8 @@ def resume(
 
 def read_checkpoint(
     path: str | Path, identity: dict[str, Any], names: tuple[str, ...] = Descent.names
-) -> tuple[dict[str, Tensor], int] | None:
-    """The state of a search and its rollouts at once; None if no file is there yet, and then it can be written."""
+) -> tuple[dict[str, Tensor], int | None] | None:
+    """The state of a search and its rollouts, if any, at once; None if no file is there yet: then it can be written."""
     if can_begin(path):
         return None
     tensors, saved = load_tensors(path, names)
