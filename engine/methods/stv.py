@@ -1,7 +1,8 @@
 """STV: where activations feel the context, one of a bank of its values (Sensitivity-aware Task Vectors, 2511.08246).
 
-    where    s[l, h] = mean over questions of |z[l, h] with context - z[l, h] without|       z at the last token
-             heads   = the k of the largest s
+    where    d_i[l, h] = z[l, h] with context - z[l, h] without                              z at the last token
+             s[l, h]   = |mean of d_i| / mean of |d_i|                                       i: questions
+             heads     = the k of the largest s
     what     bank[j] = centroids of k-means over z[heads[j]] with context                    j = 1..k
     which    theta [k, C];  p_j = softmax(theta_j)
              each step, on one example:
@@ -13,8 +14,10 @@ All heads are patched in every rollout, which is a row of one forward with value
 after two forwards a question, so that the search is about values alone.
 
 Of the source only what it does is followed, not its figures, which are chosen here: how many heads and centroids, the
-distance (Euclidean), the advantage, Adam and its rate (MTV's), and that the end takes, of the likeliest centroids and
-nine draws, what has the lowest loss on validation examples.
+advantage, Adam and its rate (MTV's), and that the end takes, of the likeliest centroids and nine draws, what has the
+lowest loss on validation examples. It speaks of deltas that are consistent over questions, hence s, a share of what
+context changes that is the same for all; by="distance" ranks by the mean of |d_i| itself, which on SmolLM2 finds heads
+that carry the question's own word.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -45,7 +48,8 @@ from models.reading import read_int
 from models.shapes import Bool, Float, Int, Integer
 
 CENTROIDS = 8
-SHARE = 4  # of the model's heads, one of so many is patched by default
+SHARE = 2  # of the model's heads, one of so many is patched by default
+Ranking: TypeAlias = Literal["consistency", "distance"]
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def extract(
     examples: Sequence[ExampleLike],
     contexts: Sequence[PromptLike | ExampleLike],
     *,
+    by: Ranking = "consistency",
     heads: Integer | None = None,
     centroids: Integer = CENTROIDS,
     steps: Integer = 100,
@@ -131,7 +136,8 @@ def extract(
 
     examples:   (prompt, answer) pairs, formatted as the task will be asked: zero-shot, as a rule.
     contexts:   the same questions after demonstrations, one for each of `examples`: prompts, or (prompt, answer) pairs.
-    heads:      how many are patched; default a quarter of the model's.
+    by:         heads are ranked by the consistency of what context does to them (default), or by its mean distance.
+    heads:      how many are patched; default half of the model's.
     centroids:  values that a head chooses among; default 8.
     steps, rollouts, prompts_per_step, loss, lr, seed, validation, checkpoint, checkpoint_every, on_step: as for
                 `engine.mtv.extract`; steps default to 100. An interrupted search ends with the same theta, bit by bit.
@@ -139,8 +145,8 @@ def extract(
     Returns a `TaskVector`: its values are the chosen centroids (of other heads the mean with context), its
     probabilities 1 for the patched heads; "choices" of its metadata has the number of each head's centroid.
 
-    Raises ValueError for contexts that are not one for each example, more heads than there are, more centroids than
-    contexts, a checkpoint of another search; else as `engine.mtv.extract`. All before anything is run.
+    Raises ValueError for an unknown ranking, contexts that are not one for each example, more heads than there are,
+    more centroids than contexts, a checkpoint of another search; else as `engine.mtv.extract`. All before anything is run.
 
     Source: Sensitivity-aware Task Vectors (arXiv 2511.08246).
 
@@ -161,6 +167,7 @@ def extract(
     k = max(1, total // SHARE) if heads is None else read_int(heads, "heads", None)
     n_centroids = read_int(centroids, "centroids", None)
     shown = read_contexts(model, contexts, len(given))
+    _check_ranking(by)
     if not 1 <= k <= total:
         raise ValueError(f"heads must lie between 1 and the {total} of {model.name}, got {k}")
     if not 1 <= n_centroids <= len(shown):
@@ -170,12 +177,14 @@ def extract(
     unknown = torch.zeros(shape.n_layers, shape.n_heads, shape.head_dim)
     trials, unseen = (read_trials(model, some, unknown, options) for some in (pool, choosing))
     asked = [as_prefix(model, example.prompt) for example in given]
-    alike = trials.identity | dict(method="stv", heads=k, centroids=n_centroids, contexts=digest_of([*shown, *asked]))
+    alike = trials.identity | dict(
+        method="stv", by=by, heads=k, centroids=n_centroids, contexts=digest_of([*shown, *asked])
+    )
     search = Choice(k, n_centroids, options.lr, options.seed)
     resume(search, options.steps, checkpoint, alike)
 
     z = _captured(model, shown, progress)
-    felt = _sensitivity(z, _captured(model, asked, progress))
+    felt = _sensitivity(z, _captured(model, asked, progress), by)
     best = felt.flatten().sort(descending=True, stable=True).indices[:k]
     points = z.flatten(1, 2)[:, best].transpose(0, 1)
     bank = Bank(best, kmeans(points, n_centroids, Generator().manual_seed(options.seed)), z.mean(dim=0))
@@ -209,6 +218,7 @@ def extract(
         model=model.name,
         shape=shape.as_dict(),
         steps=options.steps,
+        by=by,
         centroids=n_centroids,
         ranked=[divmod(i, shape.n_heads) for i in best.tolist()],
         choices=chosen.tolist(),
@@ -224,13 +234,16 @@ def sensitivity(
     contexts: Sequence[PromptLike | ExampleLike],
     queries: Sequence[PromptLike | ExampleLike],
     *,
+    by: Ranking = "consistency",
     progress: bool = True,
 ) -> Float[Tensor, "layers heads"]:
-    """How far each head's output at the last token is, on average, from what it is without context (Euclidean).
+    """How each head's output at the last token feels context.
 
     contexts, queries: the same questions with and without demonstrations; prompts, or (prompt, answer) pairs.
+    by: "consistency", from 0 to 1: the length of the mean difference as a share of the mean length of differences
+        (default); "distance": that mean length.
 
-    Raises ValueError for contexts that are not one for each query; as `engine.capture` for prompts.
+    Raises ValueError for an unknown ranking, contexts that are not one for each query; as `engine.capture` for prompts.
 
     Source: Sensitivity-aware Task Vectors (arXiv 2511.08246).
 
@@ -239,9 +252,15 @@ def sensitivity(
     True
     """
     check_model(model)
+    _check_ranking(by)
     asked = read_contexts(model, queries, None, "queries")
     shown = read_contexts(model, contexts, len(asked))
-    return _sensitivity(_captured(model, shown, progress), _captured(model, asked, progress))
+    return _sensitivity(_captured(model, shown, progress), _captured(model, asked, progress), by)
+
+
+def _check_ranking(by: str) -> None:
+    if by not in get_args(Ranking):
+        raise ValueError(f"by must be one of {list(get_args(Ranking))}, got {by!r}")
 
 
 def _captured(
@@ -253,5 +272,8 @@ def _captured(
 def _sensitivity(
     with_context: Float[Tensor, "prompts layers heads head_dim"],
     without: Float[Tensor, "prompts layers heads head_dim"],
+    by: Ranking,
 ) -> Float[Tensor, "layers heads"]:
-    return (with_context - without).norm(dim=-1).mean(dim=0)
+    deltas = with_context - without
+    distance = deltas.norm(dim=-1).mean(dim=0)
+    return distance if by == "distance" else deltas.mean(dim=0).norm(dim=-1) / distance.clamp_min(1e-30)

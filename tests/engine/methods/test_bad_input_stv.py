@@ -16,6 +16,7 @@ def extract(model, examples=EXAMPLES, contexts=SHOWN, **options):
 
 
 BAD = {
+    "ranking": (dict(by="size"), ValueError, ("by must be one of", "'size'")),
     "no heads": (dict(heads=0), ValueError, ("between 1 and the 18", "got 0")),
     "too many heads": (dict(heads=19), ValueError, ("between 1 and the 18", "got 19")),
     "heads as text": (dict(heads="all"), ValueError, ("heads", "'all'")),
@@ -45,6 +46,8 @@ def test_search(model, options, error, words):
 def test_sensitivity(model):
     with refused(model, ValueError, "contexts must be one for each of 2", "got 1"):
         engine.stv.sensitivity(model, SHOWN[:1], EXAMPLES)
+    with refused(model, ValueError, "by must be one of", "'size'"):
+        engine.stv.sensitivity(model, SHOWN, EXAMPLES, by="size")
     with refused(model, ValueError, "queries must be at least one prompt"):
         engine.stv.sensitivity(model, [], [])
 

@@ -30,14 +30,17 @@ def z_of(hf, family, model, prompt):
 
 
 @FAMILY
-def test_where(tiny, family):
-    """The mean distance, and the heads of the largest."""
+@pytest.mark.parametrize("by", ["consistency", "distance"])
+def test_where(tiny, family, by):
+    """By arithmetic on what hooks read; and the heads of the largest."""
     model, hf = tiny(family), plain.made(family)
     pairs = zip(SHOWN, [example.prompt for example in ASKED], strict=True)
     apart = [z_of(hf, family, model, one) - z_of(hf, family, model, two) for one, two in pairs]
     want = sum(one.square().sum(dim=-1).sqrt() for one in apart) / len(apart)
-    assert torch.allclose(stv.sensitivity(model, SHOWN, ASKED, progress=False), want, atol=1e-5)
-    vector = search(model)
+    if by == "consistency":
+        want = (sum(apart) / len(apart)).square().sum(dim=-1).sqrt() / want
+    assert torch.allclose(stv.sensitivity(model, SHOWN, ASKED, by=by, progress=False), want, atol=1e-5)
+    vector = search(model, by=by, steps=1)
     ranked = [divmod(i, model.shape.n_heads) for i in want.flatten().argsort(descending=True)[:5].tolist()]
     assert [tuple(head) for head in vector.metadata["ranked"]] == ranked
     assert vector.heads == sorted(ranked)
