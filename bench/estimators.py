@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import Generator, Tensor
 
 import engine
 from engine import tasks
+from engine.experiments.spending import Spent
 from engine.methods import mtv
 from engine.tasks.scoring import first_token_losses
 from models import Model
@@ -46,30 +47,6 @@ WAYS = {
 }
 REFERENCE = "reinforce"
 WITHIN = 0.05  # nats
-
-
-class Tokens:
-    """Tokens that a model runs, and those whose passes are gone through backwards."""
-
-    def __init__(self) -> None:
-        self.forward, self.backward, self.counting = 0, 0, True
-
-    @property
-    def all(self) -> int:
-        return self.forward + self.backward
-
-    @contextmanager
-    def of(self, model: Model) -> Iterator[Tokens]:
-        def count(_: Any, args: tuple[Tensor, ...]) -> None:
-            if self.counting:
-                self.forward += args[0].numel()
-                self.backward += args[0].numel() * torch.is_grad_enabled()
-
-        handle = model.hf.get_input_embeddings().register_forward_pre_hook(count)  # type: ignore[attr-defined]
-        try:
-            yield self
-        finally:
-            handle.remove()
 
 
 class EnoughError(Exception):
@@ -97,21 +74,21 @@ def curve(
 
     def look(step: mtv.Step) -> None:
         nonlocal started, seconds, rollouts
-        tokens.counting = False
+        spent.counting = False
         seconds += time.perf_counter() - started
-        rollouts += options.get("rollouts", 1 if tokens.backward else 32) * options.get("prompts_per_step", 1)
+        rollouts += options.get("rollouts", 1 if spent.backward else 32) * options.get("prompts_per_step", 1)
         if step.step % every == 0 or step.step == steps:
             p = step.probabilities.expand(mtv.PRESETS["reference"].candidates, -1, -1)
             drawn = torch.bernoulli(p, generator=random).bool()
             losses = first_token_losses(model, held_out, targets, heads=drawn, values=means)
-            spent = dict(step=step.step, tokens=tokens.all, forward=tokens.forward, rollouts=rollouts, seconds=seconds)
-            found.append(spent | {"loss": losses.mean(dim=0).min().item()})
+            point = dict(step=step.step, tokens=spent.tokens, forward=spent.forward, rollouts=rollouts, seconds=seconds)
+            found.append(point | {"loss": losses.mean(dim=0).min().item()})
             if goal is not None and found[-1]["loss"] <= goal:
                 raise EnoughError
-        tokens.counting = True
+        spent.counting = True
         started = time.perf_counter()
 
-    with Tokens().of(model) as tokens, suppress(EnoughError):
+    with Spent().of(model) as spent, suppress(EnoughError):
         mtv.extract(model, examples, means, steps=steps, seed=seed, on_step=look, progress=False, **options)
     return found
 

@@ -195,7 +195,7 @@ def extract(
     steps: Integer = 300,
     prompts_per_step: Integer = 8,
     loss: Scored = "answer",
-    lr: float | np.floating[Any] = 0.01,
+    lr: float | np.floating[Any] = 0.1,
     weight_decay: float | np.floating[Any] = 0.01,
     look_every: Integer = 10,
     patience: Integer = 5,
@@ -214,7 +214,7 @@ def extract(
                 default the last token.
     steps:      at most; default 300. prompts_per_step: examples whose mean loss a step lowers; default 8.
     loss:       of the whole answer (default), a token of it ("token_mean"), or its first token.
-    lr, weight_decay: of AdamW; default 0.01 each. They are of vectors that begin at 0.
+    lr, weight_decay: of AdamW; default 0.1 and 0.01. Vectors begin at 0; a larger stream may want a higher rate.
     look_every: steps between two looks at the validation examples; default 10. patience: it ends after so many looks
                 without a lower loss; default 5.
     validation: examples that say which vectors are best; default a third of `examples`, 50 at most, drawn by the seed.

@@ -146,7 +146,7 @@ def extract(
     probabilities 1 for the patched heads; "choices" of its metadata has the number of each head's centroid.
 
     Raises ValueError for an unknown ranking, contexts that are not one for each example, more heads than there are,
-    more centroids than contexts, a checkpoint of another search; else as `engine.mtv.extract`. All before anything is run.
+    more centroids than contexts, a checkpoint of another search; else as `engine.mtv.extract`. Nothing is run then.
 
     Source: Sensitivity-aware Task Vectors (arXiv 2511.08246).
 
