@@ -3,9 +3,9 @@
     reference   validation loss of 300 steps of REINFORCE, 32 rollouts on one example each
     goal        the first step whose choice of heads comes within 0.05 nats of it
 
-A step's choice is made as the search makes its last one: the best of ten draws on fifty validation examples. That, and
-its time, is not counted. Tokens are those that pass the embedding; what the backward pass goes through again is counted
-once more. Prefixes are computed by every search anew, and counted.
+A step's choice is made as the search makes its last one: the best of ten candidates on fifty validation examples. That,
+and its time, is not counted. Tokens are those that pass the embedding; what the backward pass goes through again is
+counted once more. Prefixes are computed by every search anew, and counted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import engine
 from engine import tasks
 from engine.experiments.spending import Spent
 from engine.methods import mtv
+from engine.methods.search import above
 from engine.tasks.scoring import first_token_losses
 from models import Model
 
@@ -37,12 +38,22 @@ class Way(NamedTuple):
     every: int
     steps: int
 
+    def candidates(self, p: Tensor, random: Generator) -> Tensor:
+        """As the search's end would choose among."""
+        count = mtv.PRESETS["reference"].candidates
+        if self.options.get("candidates") == "thresholds":
+            return above(p, count)
+        return torch.bernoulli(p.expand(count, -1, -1), generator=random).bool()
+
 
 WAYS = {
     "reinforce": Way(dict(estimator="reinforce"), 25, 300),
     "leave_one_out": Way(dict(estimator="leave_one_out"), 25, 300),
     "leave_one_out, 8 x 4 prompts": Way(dict(estimator="leave_one_out", rollouts=8, prompts_per_step=4), 25, 300),
     "straight_through, 4 prompts": Way(dict(estimator="straight_through", prompts_per_step=4), 10, 300),
+    "straight_through, 4 prompts, thresholds": Way(
+        dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds"), 5, 300
+    ),
     "relaxed, 4 prompts": Way(dict(estimator="relaxed", prompts_per_step=4), 10, 300),
 }
 REFERENCE = "reinforce"
@@ -63,7 +74,7 @@ def curve(
     goal: float | None = None,
 ) -> list[dict[str, float]]:
     """What was spent and reached every few steps; up to the first that reaches the goal, where one is given."""
-    options, every, steps = way
+    options, every, steps = way.options, way.every, way.steps
     prefixes = engine.PrefixPool(model, [example.prompt for example in validation])
     held_out = [prefixes[i] for i in range(len(prefixes))]
     targets = [tasks.first_token(model, example) for example in validation]
@@ -78,8 +89,7 @@ def curve(
         seconds += time.perf_counter() - started
         rollouts += options.get("rollouts", 1 if spent.backward else 32) * options.get("prompts_per_step", 1)
         if step.step % every == 0 or step.step == steps:
-            p = step.probabilities.expand(mtv.PRESETS["reference"].candidates, -1, -1)
-            drawn = torch.bernoulli(p, generator=random).bool()
+            drawn = way.candidates(step.probabilities, random)
             losses = first_token_losses(model, held_out, targets, heads=drawn, values=means)
             point = dict(step=step.step, tokens=spent.tokens, forward=spent.forward, rollouts=rollouts, seconds=seconds)
             found.append(point | {"loss": losses.mean(dim=0).min().item()})

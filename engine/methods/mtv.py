@@ -30,7 +30,7 @@ from engine.core.patches import Values
 from engine.core.reading import check_model, read_means
 from engine.distributed import ALONE, LostRankError, World, digest, identity
 from engine.methods.estimators import Estimator
-from engine.methods.options import PRESETS, Options, Preset, read_options
+from engine.methods.options import PRESETS, Candidates, Options, Preset, read_options
 from engine.methods.search import Search, resume, run
 from engine.methods.trials import Shares, Trials, read_held_out, read_trials
 from engine.tasks.scoring import AT_ONCE, ExampleLike, Scored
@@ -66,6 +66,7 @@ def extract(
     lr: float | np.floating[Any] = 0.1,
     seed: Integer = 0,
     threshold: float | np.floating[Any] = 0.0,
+    candidates: Candidates = "draws",
     validation: Sequence[ExampleLike] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: Integer = 10,
@@ -92,6 +93,8 @@ def extract(
                 prompt's last token. Answers given with their end, " red\\n", find heads that end them.
     threshold:  heads of a probability up to this are never drawn at the end; default 0. The reference code: 0.8 for
                 one of its models.
+    candidates: what the end chooses among: "draws" from theta (default, the method's own), or the heads above each of
+                as many probabilities ("thresholds"), which finds good heads earlier in a search.
     validation: examples that choose among the candidates of the end; default a third of `examples`, 50 at most, drawn
                 by the seed, which are not searched on then (the reference code takes some of its whole training file).
     checkpoint: a file. Written every `checkpoint_every` steps; if it is there, the search goes on from it and ends with
@@ -117,8 +120,8 @@ def extract(
     check_model(model)
     options = read_options(
         preset=preset, steps=steps, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step,
-        loss=loss, lr=lr, seed=seed, threshold=threshold, at_once=at_once, checkpoint_every=checkpoint_every,
-        world=world,
+        loss=loss, lr=lr, seed=seed, threshold=threshold, candidates=candidates, at_once=at_once,
+        checkpoint_every=checkpoint_every, world=world,
     )  # fmt: skip
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function of a Step, got {on_step!r}")
@@ -145,7 +148,7 @@ def extract(
             show=progress and not on_step and world.rank == 0, checkpoint=checkpoint, every=options.checkpoint_every,
             identity=alike | {"at_once": shares.at_once}, world=world, after=tell,
         )  # fmt: skip
-        mask, validation_loss = _choose(search.draw_candidates(options.threshold), unseen, world)
+        mask, validation_loss = _choose(search.draw_candidates(options.threshold, options.candidates), unseen, world)
     except LostRankError as error:
         kept = f"{search.kept} are in {checkpoint}: the same call goes on from there"
         where = kept if search.kept else "none are in a checkpoint"
@@ -158,6 +161,7 @@ def extract(
         shape=model.shape.as_dict(),
         steps=options.steps,
         threshold=options.threshold,
+        candidates=options.candidates,
         validation_loss=validation_loss,
         losses=search.losses,
         versions=versions(),
@@ -202,7 +206,8 @@ def _compare(trials: Trials, unseen: Trials, checkpoint: str | Path | None, worl
     if world.size > 1:
         options = trials.options
         alike: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "at_once", "checkpoint_every")}
-        alike |= dict(checkpoint=checkpoint is not None, means=digest(trials.means), threshold=options.threshold)
+        alike |= dict(checkpoint=checkpoint is not None, means=digest(trials.means))
+        alike |= dict(threshold=options.threshold, candidates=options.candidates)
         world.same(trials.identity | alike | dict(validation=unseen.identity["data"]) | identity(trials.model))
 
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.distributed import ALONE, World
 from engine.methods.estimators import Estimator, leave_one_out, standardised
-from engine.methods.options import Preset
+from engine.methods.options import Candidates, Preset
 from engine.progress import track
 from models.shapes import Bool, Float
 
@@ -108,10 +108,15 @@ class Search(Descent):
     def draw(self, rollouts: int) -> Bool[Tensor, "rollouts layers heads"]:
         return self._draw(self.probabilities(), rollouts)
 
-    def draw_candidates(self, threshold: float) -> Bool[Tensor, "candidates layers heads"]:
+    def draw_candidates(
+        self, threshold: float, candidates: Candidates = "draws"
+    ) -> Bool[Tensor, "candidates layers heads"]:
         """From sigmoid(theta) itself, nothing clamped; heads of a probability up to `threshold` are left out."""
         p = self.theta.detach().sigmoid()
-        return self._draw(p.masked_fill(p <= threshold, 0), self.preset.candidates)
+        p = p.masked_fill(p <= threshold, 0)
+        if candidates == "thresholds":
+            return above(p, self.preset.candidates)
+        return self._draw(p, self.preset.candidates)
 
     def _draw(self, p: Float[Tensor, "layers heads"], times: int) -> Bool[Tensor, "times layers heads"]:
         return torch.bernoulli(p.expand(times, -1, -1), generator=self.random).bool()
@@ -137,6 +142,12 @@ class Search(Descent):
     def follow(self, gradient: Float[Tensor, "layers heads"], losses: Float[Tensor, "prompts rollouts"]) -> None:
         """One step by gates: what the loss gains or loses with each is passed on to its probability."""
         self.descend((self._p() * gradient).sum(), losses)
+
+
+def above(p: Float[Tensor, "layers heads"], count: int) -> Bool[Tensor, "{count} layers heads"]:
+    """Heads likelier than each of so many levels, evenly between 0 and 1."""
+    levels = torch.arange(1, count + 1) / (count + 1)
+    return p > levels[:, None, None]
 
 
 def run(
