@@ -492,6 +492,7 @@ def test_the_page_is_escaped():
         (["main", "--task", "antonyms", "--seeds", "0"], "seeds >= 1"),
         (["main", "--task", "antonyms", "--queries", "0"], "queries >= 1"),
         (["order", "--task", "antonyms", "--shots", "1"], "shots >= 2"),
+        (["methods", "--task", "antonyms", "--shots", "0"], "shots >= 1"),
         (["main", "--task", "synonyms"], "synonyms"),
     ],
 )
