@@ -26,6 +26,7 @@ from engine.methods.function_vectors import FunctionVector
 from engine.methods.learned import LearnedVector
 from engine.methods.linear import LinearVector
 from engine.methods.sav import SparseAttentionVectors
+from engine.methods.vtv import ITERATIONS
 
 SAV_HEADS, SAV_EACH = 20, 20  # heads that vote, and examples of a class: arXiv 2412.00142
 
@@ -34,10 +35,12 @@ def methods(s: Setting) -> list[Record]:
     """Zero-shot, few-shot, MTV (both estimators), STV, VTV, FV, learned, linear, random heads, SAV.
 
     distance: mean total variation to what the model says after demonstrations; of what is patched only.
-    search_tokens, search_seconds: all that was run to find a vector; prompt_tokens: of these, to read few-shot prompts.
+    search_tokens, search_seconds: all that was run to find a vector; prompt_tokens: of these, of the prompts that its
+    means or states are taken from.
     """
     base, found = s.asked(0), partial(vectors.found, s)
     many = vectors.n_tokens(s, s.many_shot)
+    few = vectors.n_tokens(s, vectors.one_shot(s)[:ITERATIONS])
     pairs = vectors.n_tokens(s, [*vectors.in_context(s), *vectors.searched(s)])
     carried = {
         "MTV": (found("mtv", TaskVector, lambda: vectors.task_vector(s)), many),
@@ -46,7 +49,7 @@ def methods(s: Setting) -> list[Record]:
             many,
         ),
         "STV": (found("stv", TaskVector, lambda: vectors.sensitive_vector(s)), pairs),
-        "VTV": (found("vtv", TaskVector, lambda: vectors.visual_vector(s)), 0),
+        "VTV": (found("vtv", TaskVector, lambda: vectors.visual_vector(s)), few),
     }
     added = {
         "FV": (found("fv", FunctionVector, lambda: _function_vector(s)), many),

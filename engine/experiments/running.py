@@ -35,7 +35,7 @@ MEASURES = {
     "milliseconds": "ms a query",
     "memory_mib": "MiB a query",
     "search_tokens": "model tokens to find it",
-    "prompt_tokens": "of these, few-shot prompts",
+    "prompt_tokens": "of these, for means or states",
     "search_seconds": "seconds to find it",
 }
 

@@ -32,11 +32,16 @@ def validation(s: Setting) -> list[Example]:
     return s.task.queries(s.split.validation[:VALIDATION] or s.split.train[:VALIDATION], s.split.train, 0)
 
 
+def one_shot(s: Setting) -> list[Example]:
+    """The same after one demonstration."""
+    return s.task.queries(s.split.train[: s.options.examples], s.split.train, s.one, s.seed)
+
+
 def visual_vector(s: Setting) -> TaskVector:
     """VTV: means and heads from one-shot prompts, ten iterations each."""
-    one_shot = s.task.queries(s.split.train[: s.options.examples], s.split.train, s.one, s.seed)
-    iterations = min(vtv.ITERATIONS, len(one_shot))
-    return vtv.extract(s.model, one_shot, iterations=iterations, seed=s.seed, progress=s.progress)
+    shown = one_shot(s)
+    iterations = min(vtv.ITERATIONS, len(shown))
+    return vtv.extract(s.model, shown, iterations=iterations, seed=s.seed, progress=s.progress)
 
 
 def function_vector(s: Setting, means: Any) -> FunctionVector:
