@@ -3,17 +3,17 @@
     reference   validation loss of 300 steps of REINFORCE, 32 rollouts on one example each
     goal        the first step whose choice of heads comes within 0.05 nats of it
 
-A step's choice is made as the search makes its last one: the best of ten draws on fifty validation examples. That, and
-its time, is not counted. Tokens are those that pass the embedding; what the backward pass goes through again is counted
-once more. Prefixes are computed by every search anew, and counted.
+A step's choice is made as the search makes its last one: the best of ten candidates on fifty validation examples. That,
+and its time, is not counted. Tokens are those that pass the embedding; what the backward pass goes through again is
+counted once more. Prefixes are computed by every search anew, and counted.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,9 @@ from torch import Generator, Tensor
 
 import engine
 from engine import tasks
+from engine.experiments.spending import Spent
 from engine.methods import mtv
+from engine.methods.search import above
 from engine.tasks.scoring import first_token_losses
 from models import Model
 
@@ -30,11 +32,22 @@ NAMES = ("antonyms", "past_tense")
 
 
 class Way(NamedTuple):
-    """A search: its options, every how many steps its heads are looked at, and the step at which it is given up."""
+    """A search: its options, every how many steps its heads are looked at, and the step at which it is given up.
+
+    examples: that it is given; a third of them it does not draw from, but chooses by at its end.
+    """
 
     options: dict[str, Any]
     every: int
     steps: int
+    examples: int = 100
+
+    def candidates(self, p: Tensor, random: Generator) -> Tensor:
+        """As the search's end would choose among."""
+        count = mtv.PRESETS["reference"].candidates
+        if self.options.get("candidates") == "thresholds":
+            return above(p, count)
+        return torch.bernoulli(p.expand(count, -1, -1), generator=random).bool()
 
 
 WAYS = {
@@ -42,34 +55,16 @@ WAYS = {
     "leave_one_out": Way(dict(estimator="leave_one_out"), 25, 300),
     "leave_one_out, 8 x 4 prompts": Way(dict(estimator="leave_one_out", rollouts=8, prompts_per_step=4), 25, 300),
     "straight_through, 4 prompts": Way(dict(estimator="straight_through", prompts_per_step=4), 10, 300),
+    "straight_through, 4 prompts, thresholds": Way(
+        dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds"), 5, 300
+    ),
+    "straight_through, 4 of 32 prompts, thresholds": Way(
+        dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds"), 5, 300, examples=48
+    ),
     "relaxed, 4 prompts": Way(dict(estimator="relaxed", prompts_per_step=4), 10, 300),
 }
 REFERENCE = "reinforce"
 WITHIN = 0.05  # nats
-
-
-class Tokens:
-    """Tokens that a model runs, and those whose passes are gone through backwards."""
-
-    def __init__(self) -> None:
-        self.forward, self.backward, self.counting = 0, 0, True
-
-    @property
-    def all(self) -> int:
-        return self.forward + self.backward
-
-    @contextmanager
-    def of(self, model: Model) -> Iterator[Tokens]:
-        def count(_: Any, args: tuple[Tensor, ...]) -> None:
-            if self.counting:
-                self.forward += args[0].numel()
-                self.backward += args[0].numel() * torch.is_grad_enabled()
-
-        handle = model.hf.get_input_embeddings().register_forward_pre_hook(count)  # type: ignore[attr-defined]
-        try:
-            yield self
-        finally:
-            handle.remove()
 
 
 class EnoughError(Exception):
@@ -86,7 +81,7 @@ def curve(
     goal: float | None = None,
 ) -> list[dict[str, float]]:
     """What was spent and reached every few steps; up to the first that reaches the goal, where one is given."""
-    options, every, steps = way
+    options, every, steps = way.options, way.every, way.steps
     prefixes = engine.PrefixPool(model, [example.prompt for example in validation])
     held_out = [prefixes[i] for i in range(len(prefixes))]
     targets = [tasks.first_token(model, example) for example in validation]
@@ -97,22 +92,22 @@ def curve(
 
     def look(step: mtv.Step) -> None:
         nonlocal started, seconds, rollouts
-        tokens.counting = False
+        spent.counting = False
         seconds += time.perf_counter() - started
-        rollouts += options.get("rollouts", 1 if tokens.backward else 32) * options.get("prompts_per_step", 1)
+        rollouts += options.get("rollouts", 1 if spent.backward else 32) * options.get("prompts_per_step", 1)
         if step.step % every == 0 or step.step == steps:
-            p = step.probabilities.expand(mtv.PRESETS["reference"].candidates, -1, -1)
-            drawn = torch.bernoulli(p, generator=random).bool()
+            drawn = way.candidates(step.probabilities, random)
             losses = first_token_losses(model, held_out, targets, heads=drawn, values=means)
-            spent = dict(step=step.step, tokens=tokens.all, forward=tokens.forward, rollouts=rollouts, seconds=seconds)
-            found.append(spent | {"loss": losses.mean(dim=0).min().item()})
+            point = dict(step=step.step, tokens=spent.tokens, forward=spent.forward, rollouts=rollouts, seconds=seconds)
+            found.append(point | {"loss": losses.mean(dim=0).min().item()})
             if goal is not None and found[-1]["loss"] <= goal:
                 raise EnoughError
-        tokens.counting = True
+        spent.counting = True
         started = time.perf_counter()
 
-    with Tokens().of(model) as tokens, suppress(EnoughError):
-        mtv.extract(model, examples, means, steps=steps, seed=seed, on_step=look, progress=False, **options)
+    with Spent().of(model) as spent, suppress(EnoughError):
+        given = examples[: way.examples]
+        mtv.extract(model, given, means, steps=steps, seed=seed, on_step=look, progress=False, **options)
     return found
 
 

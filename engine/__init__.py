@@ -20,7 +20,7 @@ from engine.core.planning import Plan
 from engine.core.prefix import Prefix, PrefixPool, prefill
 from engine.core.rowstep import RowStep
 from engine.methods import function_vectors as fv
-from engine.methods import mtv, sav, vtv, vtvc
+from engine.methods import learned, linear, mtv, sav, stv, vtv, vtvc
 from engine.questions import circuits, groups, metrics
 from engine.questions.attribution import attribute
 from engine.questions.edges.estimates import attribute_edges
@@ -64,6 +64,8 @@ __all__ = [
     "fv",
     "generate",
     "groups",
+    "learned",
+    "linear",
     "mean_activations",
     "metrics",
     "mtv",
@@ -74,6 +76,7 @@ __all__ = [
     "prefill",
     "sav",
     "start",
+    "stv",
     "sweep",
     "sweep_knockout",
     "vtv",

@@ -38,6 +38,9 @@ def extract(
         int | None, typer.Option(help="Head masks tried in a step; default 32, by gates one a prompt.")
     ] = None,
     prompts_per_step: Annotated[int, typer.Option(help="Examples whose mean loss a step lowers.")] = 1,
+    candidates: Annotated[
+        str, typer.Option(help="What the end chooses among: draws, or heads above thresholds of probability.")
+    ] = "draws",
     shots: Annotated[int, typer.Option(help="Demonstrations in each prompt that the means are taken from.")] = 8,
     prompts: Annotated[int, typer.Option(help="Number of such prompts, and of examples to search on.")] = 100,
     icl_shots: Annotated[int, typer.Option(help="Demonstrations of the few-shot baseline.")] = 5,
@@ -66,7 +69,7 @@ def extract(
         out.quiet = note.quiet = world.rank > 0
         searching: dict[str, Any] = dict(
             preset=preset, steps=steps, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step,
-            seed=seed, at_once=at_once, world=world,
+            candidates=candidates, seed=seed, at_once=at_once, world=world,
         )  # fmt: skip
         options = mtv.read_options(**searching)
         if loss not in get_args(Scored):

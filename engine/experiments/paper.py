@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from engine.core.patching import patch
-from engine.experiments.setting import VALIDATION, AnyTask, Record, Setting, Way, brings_pair
-from engine.methods import function_vectors, vtv
+from engine.experiments.methods import methods
+from engine.experiments.setting import AnyTask, Record, Setting, Way, brings_pair
+from engine.experiments.vectors import function_vector, visual_vector
 from engine.tasks import Example
 
 COUNTS = (1, 4, 16, 64, 100, 256, 500)  # of examples behind the means, Figure 1 of the appendix
-SHUFFLED, FV_HEADS = 25, 10  # prompts and heads of a function vector, arXiv 2310.15213
 FOUR = 4  # shots of the single prompt of Table 1b
 MiB = 2**20
 
@@ -51,25 +51,15 @@ def baselines(s: Setting) -> list[Record]:
     prompts whose demonstrations' answers are permuted; added after the layer that is best on validation questions,
     where the paper takes layer 20.
     """
-    base, train = s.asked(0), s.split.train
-    one_shot = s.task.queries(train[: s.options.examples], train, s.one, s.seed)
-    visual = vtv.extract(
-        s.model, one_shot, iterations=min(vtv.ITERATIONS, len(one_shot)), seed=s.seed, progress=s.progress
-    )
+    base, visual = s.asked(0), visual_vector(s)
     visual.save(s.path("vtv"))
     records = _main(s, [Way(f"{base} + VTV", visual.mask, visual.values)])
 
-    shuffled = s.task.few_shot(train, max(1, s.options.shots), SHUFFLED, s.seed + 1, shuffled=True)
-    k = min(FV_HEADS, visual.mask.numel())
-    means = s.vector().values
-    function, _ = function_vectors.extract(s.model, s.many_shot, shuffled, k=k, means=means, progress=s.progress)
-    validation = s.task.queries(s.split.validation[:VALIDATION] or train[:VALIDATION], train, 0)
-    hits = function_vectors.hits_by_layer(s.model, validation, function.vector)[:, :-1]
-    layer = int(hits.float().mean(dim=0).argmax())
-    function.metadata.update(layer=layer, task=s.task.name, seed=s.seed)
+    function = function_vector(s, s.vector().values)
+    function.metadata.update(task=s.task.name, seed=s.seed)
     function.save(s.path("fv"))
     *before, chance = records
-    return [*before, *s.ask(s.queries(0), [Way(f"{base} + FV")], function.after(layer)), chance]
+    return [*before, *s.ask(s.queries(0), [Way(f"{base} + FV")], function.after(function.metadata["layer"])), chance]
 
 
 def one_shot(s: Setting) -> list[Record]:
@@ -203,6 +193,7 @@ EXPERIMENTS: dict[str, Callable[[Setting], list[Record]]] = {
     "order": order,
     "scaling": scaling,
     "cost": cost,
+    "methods": methods,
     # The paper's data sets, each `main` on itself.
     "vizwiz": main,
     "okvqa": main,

@@ -17,6 +17,7 @@ from engine.answers.evaluation import wilson
 from engine.artifacts import TaskVector, versions, write_whole
 from engine.core.reading import check_model
 from engine.experiments import report
+from engine.experiments.methods import methods
 from engine.experiments.paper import EXPERIMENTS, FOUR, baselines, main
 from engine.experiments.setting import AnyTask, Options, Record, Setting
 from models import Model
@@ -28,10 +29,14 @@ MEASURES = {
     "accuracy": "accuracy",
     "exact": "exact string",
     "within": "among the labels",
+    "distance": "distance to few-shot",
     "heads": "heads patched",
     "tokens": "tokens a query",
     "milliseconds": "ms a query",
     "memory_mib": "MiB a query",
+    "search_tokens": "model tokens to find it",
+    "prompt_tokens": "of these, for means or states",
+    "search_seconds": "seconds to find it",
 }
 
 
@@ -76,8 +81,10 @@ def _cell(measure: str, values: Sequence[int | float], queries: int) -> str:
     if not values:
         return ""
     mean = sum(values) / len(values)
+    if measure == "distance":
+        return f"{mean:.2f}"
     if measure not in ("accuracy", "exact", "within"):
-        return f"{mean:.1f}"
+        return f"{mean:,.0f}" if measure.endswith("_tokens") else f"{mean:.1f}"
     if len(values) == 1:
         low, high = wilson(round(mean * queries), queries)
         return f"{mean:.2f} ({low:.2f}-{high:.2f})"
@@ -149,6 +156,8 @@ def _check(name: str, tasks: Sequence[AnyTask], options: Options) -> None:
         raise ValueError(f"experiment {name!r} needs {least} or more tasks, each once, got {names}")
     if name == "order" and options.shots < 2:
         raise ValueError(f"experiment 'order' permutes demonstrations: expected shots >= 2, got {options.shots}")
+    if name == "methods" and options.shots < 1:
+        raise ValueError(f"experiment 'methods' needs few-shot prompts: expected shots >= 1, got {options.shots}")
     most = max(options.shots, FOUR if name == "one_shot" else 1)
     for task in tasks:
         for seed in range(options.seeds):
@@ -176,7 +185,7 @@ def _part(name: str, setting: Setting) -> dict[str, Any]:
         except (ValueError, KeyError):
             pass  # not a part: it is done anew
     records = [dict(task=setting.task.name, seed=setting.seed) | record for record in EXPERIMENTS[name](setting)]
-    shows = setting.seed == 0 and EXPERIMENTS[name] in (main, baselines)
+    shows = setting.seed == 0 and EXPERIMENTS[name] in (main, baselines, methods)
     part = dict(setting=identity, records=records, samples=_samples(setting) if shows else [])
     write_whole(path, json.dumps(part, indent=1) + "\n")
     return part

@@ -181,7 +181,7 @@ class Setting:
         exact:    of the whole string, the patch at the prompt's last token; None for open answers.
         within:   as accuracy, where only the labels' first tokens may be answered; None without labels.
         """
-        heads, values = _rows(ways)
+        heads, values = rows_of(ways)
         labels = getattr(self.task, "labels", ())
         right: list[list[float]] = []  # [examples][ways]
         within: list[list[float]] = []
@@ -270,7 +270,7 @@ def _said(task: AnyTask, question: Any) -> list[Any]:
     return [text, [*getattr(question, "answers", ())], [*getattr(question, "pictures", ())]]
 
 
-def _rows(
+def rows_of(
     ways: Sequence[Way],
 ) -> tuple[Bool[Tensor, "ways layers heads"] | None, Float[Tensor, "*ways layers heads head_dim"] | None]:
     """Heads and values of all ways, a row each: one set of values if they all carry the same."""

@@ -34,6 +34,11 @@ def leave_one_out(losses: Float[Tensor, " rollouts"]) -> Float[Tensor, " rollout
     return losses - (losses.sum() - losses) / (len(losses) - 1)
 
 
+def standardised(log_p: Float[Tensor, " rollouts"], losses: Float[Tensor, " rollouts"]) -> Float[Tensor, ""]:
+    """REINFORCE's objective, the advantage being how far a loss is from the mean, in standard deviations."""
+    return (log_p * (losses - losses.mean()) / (losses.std() + 1e-3)).sum()
+
+
 def gated(
     model: Model, gates: Float[Tensor, "rows layers heads"], means: Float[Tensor, "layers heads head_dim"], at: int = -1
 ) -> Edits:

@@ -16,7 +16,6 @@ gates in [0, 1] through the model and back instead of rollouts; then ranks share
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,17 +30,14 @@ from engine.core.patches import Values
 from engine.core.reading import check_model, read_means
 from engine.distributed import ALONE, LostRankError, World, digest, identity
 from engine.methods.estimators import Estimator
-from engine.methods.options import PRESETS, Options, Preset, read_options
-from engine.methods.search import Search, read_checkpoint
-from engine.methods.trials import Shares, Trials, read_trials
-from engine.progress import track
-from engine.tasks.scoring import AT_ONCE, Example, ExampleLike, Scored, read_examples
+from engine.methods.options import PRESETS, Candidates, Options, Preset, read_options
+from engine.methods.search import Search, resume, run
+from engine.methods.trials import Shares, Trials, read_held_out, read_trials
+from engine.tasks.scoring import AT_ONCE, ExampleLike, Scored
 from models import Model
 from models.shapes import Bool, Float, Integer
 
 __all__ = ["PRESETS", "Options", "Preset", "Search", "Step", "extract", "read_options"]
-
-HELD_OUT = 50  # examples, at most, that choose among the candidates
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,7 @@ def extract(
     lr: float | np.floating[Any] = 0.1,
     seed: Integer = 0,
     threshold: float | np.floating[Any] = 0.0,
+    candidates: Candidates = "draws",
     validation: Sequence[ExampleLike] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: Integer = 10,
@@ -96,6 +93,8 @@ def extract(
                 prompt's last token. Answers given with their end, " red\\n", find heads that end them.
     threshold:  heads of a probability up to this are never drawn at the end; default 0. The reference code: 0.8 for
                 one of its models.
+    candidates: what the end chooses among: "draws" from theta (default, the method's own), or the heads above each of
+                as many probabilities ("thresholds"), which finds good heads earlier in a search.
     validation: examples that choose among the candidates of the end; default a third of `examples`, 50 at most, drawn
                 by the seed, which are not searched on then (the reference code takes some of its whole training file).
     checkpoint: a file. Written every `checkpoint_every` steps; if it is there, the search goes on from it and ends with
@@ -121,35 +120,38 @@ def extract(
     check_model(model)
     options = read_options(
         preset=preset, steps=steps, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step,
-        loss=loss, lr=lr, seed=seed, threshold=threshold, at_once=at_once, checkpoint_every=checkpoint_every,
-        world=world,
+        loss=loss, lr=lr, seed=seed, threshold=threshold, candidates=candidates, at_once=at_once,
+        checkpoint_every=checkpoint_every, world=world,
     )  # fmt: skip
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function of a Step, got {on_step!r}")
-    means, (pool, choosing) = read_means(model, means), _read_examples(examples, validation, options)
+    means = read_means(model, means)
+    pool, choosing = read_held_out(examples, validation, options.seed, options.constants.candidates > 1)
     trials = read_trials(model, pool, means, options)
     # What is wrong with the validation examples is said now, not after the search.
     unseen = read_trials(model, choosing, means, options)
     _compare(trials, unseen, checkpoint, world)
 
     search = Search(options.constants, (len(means), len(means[0])), options.lr, options.seed, estimator)
-    shares = Shares(trials, world, _resume(search, checkpoint, trials, world))
-    kept, each = search.step, options.rollouts * options.prompts_per_step
+    alike = trials.identity | {"method": "mtv"}
+    shares = Shares(trials, world, _resume(search, checkpoint, trials, alike, world))
+    each = options.rollouts * options.prompts_per_step
+
+    def tell(seconds: float) -> None:
+        if on_step:
+            p = search.probabilities()
+            on_step(Step(search.step, options.steps, search.losses[-1], p.sum().item(), each / seconds, p))
+
     try:
-        shown = progress and not on_step and world.rank == 0
-        for _ in track(range(search.step, options.steps), f"MTV-EXTRACT ({each} rollouts a step)", shown):
-            started = time.perf_counter()
-            _step(search, shares)
-            due = search.step % options.checkpoint_every == 0 or search.step == options.steps
-            if checkpoint is not None and due:
-                world.from_first(lambda: search.save(checkpoint, trials.identity | {"at_once": shares.at_once}))
-                kept = search.step
-            if on_step:
-                rate, p = each / (time.perf_counter() - started), search.probabilities()
-                on_step(Step(search.step, options.steps, search.losses[-1], p.sum().item(), rate, p))
-        mask, validation_loss = _choose(search.draw_candidates(options.threshold), unseen, world)
+        run(
+            search, options.steps, lambda: _step(search, shares), label=f"MTV-EXTRACT ({each} rollouts a step)",
+            show=progress and not on_step and world.rank == 0, checkpoint=checkpoint, every=options.checkpoint_every,
+            identity=alike | {"at_once": shares.at_once}, world=world, after=tell,
+        )  # fmt: skip
+        mask, validation_loss = _choose(search.draw_candidates(options.threshold, options.candidates), unseen, world)
     except LostRankError as error:
-        where = f"{kept} are in {checkpoint}: the same call goes on from there" if kept else "none are in a checkpoint"
+        kept = f"{search.kept} are in {checkpoint}: the same call goes on from there"
+        where = kept if search.kept else "none are in a checkpoint"
         raise LostRankError(f"{error}; of {search.step} steps made {where}") from error
     metadata = dict(
         options.settings,
@@ -159,6 +161,7 @@ def extract(
         shape=model.shape.as_dict(),
         steps=options.steps,
         threshold=options.threshold,
+        candidates=options.candidates,
         validation_loss=validation_loss,
         losses=search.losses,
         versions=versions(),
@@ -198,43 +201,24 @@ def _choose(
     return candidates[best], losses[best].item()
 
 
-def _read_examples(
-    examples: Sequence[ExampleLike], validation: Sequence[ExampleLike] | None, options: Options
-) -> tuple[list[Example], list[Example]]:
-    """Examples to search on, and to choose by: by default a third of them, 50 at most; of fewer than three all for
-    both. One candidate needs no choice: its loss is that on the first.
-    """
-    given = read_examples(examples)
-    if validation:
-        return given, read_examples(validation, "validation examples")
-    if options.constants.candidates == 1:
-        return given, given[:HELD_OUT]
-    count = min(HELD_OUT, len(given) // 3)
-    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    kept = set(order[:count])
-    return [example for n, example in enumerate(given) if n not in kept], [given[n] for n in order[:count]] or given
-
-
 def _compare(trials: Trials, unseen: Trials, checkpoint: str | Path | None, world: World) -> None:
     """Raises ValueError unless all ranks were given the same."""
     if world.size > 1:
         options = trials.options
         alike: dict[str, Any] = {name: getattr(options, name) for name in ("steps", "at_once", "checkpoint_every")}
-        alike |= dict(checkpoint=checkpoint is not None, means=digest(trials.means), threshold=options.threshold)
+        alike |= dict(checkpoint=checkpoint is not None, means=digest(trials.means))
+        alike |= dict(threshold=options.threshold, candidates=options.candidates)
         world.same(trials.identity | alike | dict(validation=unseen.identity["data"]) | identity(trials.model))
 
 
-def _resume(search: Search, checkpoint: str | Path | None, trials: Trials, world: World) -> int:
+def _resume(
+    search: Search, checkpoint: str | Path | None, trials: Trials, identity: dict[str, Any], world: World
+) -> int:
     """The search goes on from the checkpoint, if there is one; and how many rollouts, or prompts, run at once."""
-    options, saved = trials.options, None
-    if checkpoint is not None and (saved := world.from_first(lambda: read_checkpoint(checkpoint, trials.identity))):
-        search.load(saved[0])
-        if search.step > options.steps:
-            raise ValueError(
-                f"checkpoint {checkpoint} is of {search.step} steps, more than the {options.steps} asked for"
-            )
+    options = trials.options
+    saved = resume(search, options.steps, checkpoint, identity, world)
     even = options.share(world)
-    at_once = options.at_once or (saved[1] if saved else even)
+    at_once = options.at_once or saved or even
     if at_once > even:
         raise ValueError(
             f"checkpoint {checkpoint} was made with {at_once} {options.shared[0]}s at once, which leaves nothing to "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from engine.methods.estimators import BY_GATES, ESTIMATORS
 from engine.tasks.scoring import Scored
 from models.reading import read_int, read_seed
 from models.shapes import Integer
+
+# What the end of a search chooses among: draws from theta, or the heads above each of several probabilities.
+Candidates: TypeAlias = Literal["draws", "thresholds"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Preset:
     clamp:      probabilities stay in [clamp, 1 - clamp].
     normalise:  advantage (L - mean) / (std + 1e-3), log-probabilities summed over rollouts; else A = L, averaged.
     in_order:   examples taken one after the other; else drawn with replacement.
-    candidates: draws of heads, of which the best on the validation examples is kept.
+    candidates: choices of heads, of which the best on the validation examples is kept.
     patched:    tokens of an answer that are patched when it is generated (`engine.generate`).
     stops:      where an answer is cut off.
     """
@@ -59,6 +62,7 @@ class Options:
     lr: float
     seed: int
     threshold: float
+    candidates: Candidates
     at_once: int | None
     checkpoint_every: int
 
@@ -97,6 +101,7 @@ def read_options(
     lr: float | np.floating[Any] = 0.1,
     seed: Integer = 0,
     threshold: float | np.floating[Any] = 0.0,
+    candidates: Candidates = "draws",
     at_once: Integer | None = None,
     checkpoint_every: Integer = 10,
     world: World = ALONE,
@@ -126,9 +131,11 @@ def read_options(
         raise ValueError(f"loss must be one of {list(get_args(Scored))}, got {loss!r}")
     if not isinstance(threshold, Real) or not 0 <= threshold < 1:
         raise ValueError(f"threshold must be a probability from 0 to below 1, got {threshold!r}")
+    if candidates not in get_args(Candidates):
+        raise ValueError(f"candidates must be one of {list(get_args(Candidates))}, got {candidates!r}")
     options = Options(
         preset, steps, estimator, rollouts, prompts_per_step, loss, float(lr), read_seed(seed), float(threshold),
-        at_once, checkpoint_every,
+        candidates, at_once, checkpoint_every,
     )  # fmt: skip
     what, shared = options.shared
     if shared < world.size:

@@ -19,9 +19,19 @@ from engine.core.rowstep import RowStep
 from engine.distributed import World
 from engine.methods.estimators import gate_gradients
 from engine.methods.options import Options
-from engine.tasks.scoring import Example, answer_losses, cross_entropies, scored_tokens, with_answer
+from engine.tasks.scoring import (
+    Example,
+    ExampleLike,
+    answer_losses,
+    cross_entropies,
+    read_examples,
+    scored_tokens,
+    with_answer,
+)
 from models import Model
 from models.shapes import Bool, Float
+
+HELD_OUT = 50  # examples, at most, that choose among what a search finds
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +49,15 @@ class Trials:
     options: Options
 
     def losses(
-        self, prompts: Sequence[Prefix], targets: Sequence[Sequence[int]], masks: Bool[Tensor, "rows layers heads"]
+        self,
+        prompts: Sequence[Prefix],
+        targets: Sequence[Sequence[int]],
+        masks: Bool[Tensor, "rows layers heads"],
+        values: Float[Tensor, "rows layers heads head_dim"] | None = None,
     ) -> Float[Tensor, "prompts rows"]:
-        """Of some of them, in nats."""
-        return answer_losses(self.model, prompts, targets, heads=masks, values=self.means, mean=self.mean)
+        """Of some of them, in nats; with values a row in place of the means, where given."""
+        carried = self.means if values is None else values
+        return answer_losses(self.model, prompts, targets, heads=masks, values=carried, mean=self.mean)
 
     @property
     def mean(self) -> bool:
@@ -78,6 +93,23 @@ def read_trials(model: Model, examples: list[Example], means: Tensor, options: O
     return Trials(model, examples, pool, targets, means, options)
 
 
+def read_held_out(
+    examples: Sequence[ExampleLike], validation: Sequence[ExampleLike] | None, seed: int, chooses: bool = True
+) -> tuple[list[Example], list[Example]]:
+    """Examples to search on, and to choose by: by default a third of them, 50 at most; of fewer than three all for
+    both. Where there is nothing to choose, what is found is measured on the first.
+    """
+    given = read_examples(examples)
+    if validation:
+        return given, read_examples(validation, "validation examples")
+    if not chooses:
+        return given, given[:HELD_OUT]
+    count = min(HELD_OUT, len(given) // 3)
+    order = torch.randperm(len(given), generator=torch.Generator().manual_seed(seed)).tolist()
+    kept = set(order[:count])
+    return [example for n, example in enumerate(given) if n not in kept], [given[n] for n in order[:count]] or given
+
+
 @dataclass(frozen=True, eq=False)
 class Shares:
     """The trials of a step shared out: each rank runs its own, `at_once` together, and is told of the others'."""
@@ -87,22 +119,28 @@ class Shares:
     at_once: int
 
     def by_rollouts(
-        self, drawn: Sequence[int], masks: Bool[Tensor, "rollouts layers heads"]
+        self,
+        drawn: Sequence[int],
+        masks: Bool[Tensor, "rollouts layers heads"],
+        values: Float[Tensor, "rollouts layers heads head_dim"] | None = None,
     ) -> Float[Tensor, "prompts rollouts"]:
-        """Losses of all rollouts on the examples drawn; ranks share the rollouts."""
+        """Losses of all rollouts, with values of their own if any, on the examples drawn; ranks share the rollouts."""
         prompts, targets = [self.trials.pool[i] for i in drawn], [self.trials.targets[i] for i in drawn]
         losses = torch.zeros(0, len(prompts))
         for some in self._mine(len(masks)):
             rows = masks[some]
             # A row by itself would be multiplied by other kernels, which round in another order: it is run twice.
-            beside = rows.expand(2, -1, -1) if len(rows) == 1 else rows
+            twice = len(rows) == 1
+            beside = rows.expand(2, -1, -1) if twice else rows
+            carried = None if values is None else values[some].expand(2, -1, -1, -1) if twice else values[some]
             if self.replay is not None and len(beside) == self.replay.rows:
+                shown = self.trials.means if carried is None else carried
                 found = torch.stack([
-                    cross_entropies(self.replay(prompt, heads=beside, values=self.trials.means)[None], [target])[0]
+                    cross_entropies(self.replay(prompt, heads=beside, values=shown)[None], [target])[0]
                     for prompt, target in zip(prompts, targets, strict=True)
                 ])  # fmt: skip
             else:
-                found = self.trials.losses(prompts, targets, beside)
+                found = self.trials.losses(prompts, targets, beside, carried)
             losses = torch.cat([losses, found[:, : len(rows)].T.cpu()])
         return self._told(losses, masks).T
 

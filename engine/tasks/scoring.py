@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -137,11 +137,39 @@ def with_answer(model: Model, prompt: PromptLike | Prefix, answer: Sequence[int]
 def cross_entropies(
     logits: Float[Tensor, "prompts rows *places vocab"], answers: Sequence[Sequence[int]], mean: bool = False
 ) -> Float[Tensor, "prompts rows"]:
-    """Of answers of one length, in nats: summed over their tokens, or their mean."""
-    logits = logits.float().view(*logits.shape[:2], len(answers[0]), -1)
+    """Of answers of one length, in nats: summed over their tokens, or their mean; in float32 at least."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(*logits.shape[:2], len(answers[0]), -1)
     target = torch.tensor(answers, device=logits.device)[:, None].expand(logits.shape[:3])
     each = cross_entropy(logits.flatten(0, 2), target.flatten(), reduction="none").view(target.shape)
     return each.mean(dim=-1) if mean else each.sum(dim=-1)
+
+
+def losses_under(
+    model: Model,
+    prompts: Sequence[PromptLike | Prefix],
+    answers: Sequence[Sequence[int]],
+    patched: Callable[[int], Mapping[str, Any]],
+    mean: bool = False,
+) -> Float[Tensor, "prompts rows"]:
+    """Cross-entropy, in nats, of each answer's tokens for every row of a patch: summed over them, or their mean.
+
+    patched: what `engine.patch` is given, by the number of the answer's tokens: a prompt's last one is minus that.
+
+    Differentiable in the values of patches. The answer's tokens ride along: still one pass.
+    """
+    if len(answers) != len(prompts):
+        raise ValueError(f"targets must be an answer for each of {len(prompts)} prompts, got {len(answers)}")
+    losses: list[Tensor] = [torch.empty(0)] * len(prompts)
+    # Those of one length share a forward.
+    order = sorted(range(len(prompts)), key=lambda n: len(answers[n]))
+    for places, alike in groupby(order, key=lambda n: len(answers[n])):
+        which = list(alike)
+        for some in (which[start : start + AT_ONCE] for start in range(0, len(which), AT_ONCE)):
+            grown = [with_answer(model, prompts[n], answers[n]) for n in some]
+            logits = patch(model, grown, **patched(places))
+            for n, loss in zip(some, cross_entropies(logits, [answers[n] for n in some], mean), strict=True):
+                losses[n] = loss
+    return torch.stack(losses)
 
 
 @torch.no_grad()
@@ -156,24 +184,13 @@ def answer_losses(
 ) -> Float[Tensor, "prompts rows"]:
     """Cross-entropy, in nats, of each answer's tokens for every row of heads, patched at the prompt's last token.
 
-    Summed over the tokens, or their mean; on the CPU, in float32. The answer's tokens ride along: still one pass.
+    Summed over the tokens, or their mean; on the CPU.
 
     >>> engine.tasks.answer_losses(model, ["Q: hot\\nA:"], [[5, 6]], heads=[(10, 3)], values=means).shape
     torch.Size([1, 1])
     """
-    if len(answers) != len(prompts):
-        raise ValueError(f"targets must be an answer for each of {len(prompts)} prompts, got {len(answers)}")
-    losses: list[Tensor] = [torch.empty(0)] * len(prompts)
-    # Those of one length share a forward.
-    order = sorted(range(len(prompts)), key=lambda n: len(answers[n]))
-    for _, alike in groupby(order, key=lambda n: len(answers[n])):
-        which = list(alike)
-        for some in (which[start : start + AT_ONCE] for start in range(0, len(which), AT_ONCE)):
-            grown = [with_answer(model, prompts[n], answers[n]) for n in some]
-            logits = patch(model, grown, heads=heads, values=values, positions=-grown[0].places)
-            for n, loss in zip(some, cross_entropies(logits, [answers[n] for n in some], mean), strict=True):
-                losses[n] = loss
-    return torch.stack(losses).cpu()
+    given = dict(heads=heads, values=values)
+    return losses_under(model, prompts, answers, lambda places: given | {"positions": -places}, mean).cpu()
 
 
 def first_token_losses(

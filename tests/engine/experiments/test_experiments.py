@@ -221,6 +221,9 @@ WAYS = {
     "scaling": {"zero-shot", "2-shot ICL", "zero-shot + MTV of 1", "zero-shot + MTV of 4",
                 "zero-shot + random heads, means of 4"},
     "cost": {"zero-shot", "2-shot ICL", "zero-shot + MTV"},
+    "methods": {"zero-shot", "2-shot ICL", "zero-shot + MTV", "zero-shot + MTV, straight-through", "zero-shot + STV",
+                "zero-shot + VTV", "zero-shot + FV", "zero-shot + learned", "zero-shot + linear", "SAV",
+                "zero-shot + random heads"},
 }  # fmt: skip
 
 
@@ -251,6 +254,39 @@ def test_text_tasks(model, tmp_path, name):
     results = ran(name, model, [Task("next", pairs)], tmp_path)
     assert all(record["within"] is None for record in results.records)
     assert "among the labels" not in results.rows()[0]
+
+
+def test_methods_go_on_where_they_were(model, tmp_path):
+    """Of a run that was stopped before its part was written: vectors and their costs are kept, nothing is searched."""
+    task = Task("next", tuple(Pair(chr(97 + i), chr(98 + i)) for i in range(16)))
+    first = ran("methods", model, [task], tmp_path)
+    assert "SAV" not in ways(first)  # it has no labels
+    found = sorted(path.name for path in (tmp_path / "vectors").iterdir())
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "vectors").iterdir()}
+    assert found == [
+        f"next-0-{name}.safetensors" for name in ("fv", "learned", "linear", "mtv-gates", "mtv", "stv", "vtv")
+    ]
+    (tmp_path / "parts" / "methods-next-0.json").unlink()
+    assert ran("methods", model, [task], tmp_path).records == first.records
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    by_way = {record["way"]: record for record in first.records}
+    for record in first.records:
+        assert ("distance" in record) == (record["way"] != "2-shot ICL")
+        if record["way"] in ("zero-shot", "2-shot ICL", "zero-shot + random heads"):
+            assert "search_tokens" not in record
+            continue
+        assert record["search_tokens"] >= record["prompt_tokens"] >= 0
+        assert record["search_seconds"] > 0
+    # By hand: 3 questions, each with two demonstrations before it and alone, read once; then 2 steps of 32 rollouts on
+    # prefixes of two of the three, and 10 candidates on 3 validation questions.
+    setting = Setting(model, task, 0, SMALL, tmp_path, progress=False)
+    alone = [len(model.encode(example.prompt)) for example in setting.task.queries(setting.split.train[:3], (), 0)]
+    shown = setting.task.queries(setting.split.train[:3], setting.split.train, 2, 0)
+    pairs = sum(alone) + sum(len(model.encode(example.prompt)) for example in shown)
+    assert by_way["zero-shot + STV"]["prompt_tokens"] == pairs
+    assert by_way["zero-shot + STV"]["search_tokens"] < pairs + 2 * 33 + sum(alone) + 3 * (max(alone) + 10)
+    apart = engine.linear.distance(model, setting.queries(0), setting.queries(2)).mean().item()
+    assert by_way["zero-shot"]["distance"] == pytest.approx(apart, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["main", "one_shot", "scaling"])
@@ -456,6 +492,7 @@ def test_the_page_is_escaped():
         (["main", "--task", "antonyms", "--seeds", "0"], "seeds >= 1"),
         (["main", "--task", "antonyms", "--queries", "0"], "queries >= 1"),
         (["order", "--task", "antonyms", "--shots", "1"], "shots >= 2"),
+        (["methods", "--task", "antonyms", "--shots", "0"], "shots >= 1"),
         (["main", "--task", "synonyms"], "synonyms"),
     ],
 )

@@ -21,6 +21,7 @@ BAD_SEARCHES = {
     "lr zero": (dict(lr=0.0), ValueError, ("lr=0.0", "lr > 0")),
     "lr nan": (dict(lr=float("nan")), ValueError, ("lr=nan", "lr > 0")),
     "checkpoint never": (dict(checkpoint_every=0), ValueError, ("checkpoint_every=0", "checkpoint_every >= 1")),
+    "candidates": (dict(candidates="all"), ValueError, ("candidates must be one of", "thresholds", "'all'")),
     "no examples": (dict(examples=[]), ValueError, ("no examples",)),
     "means of wrong shape": (dict(means=torch.zeros(3, 6, 7)), ValueError, ("[3, 6, 7]", "[3, 6, 8]")),
     "means a row": (dict(means=torch.zeros(1, 3, 6, 8)), ValueError, ("[1, 3, 6, 8]", "[3, 6, 8]")),

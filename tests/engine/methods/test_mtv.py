@@ -359,8 +359,8 @@ def test_validation_decides_among_candidates(model, monkeypatch, given):
     drawn, searched = [], []
     draw = Search.draw_candidates
 
-    def record(self, threshold):
-        drawn.append(draw(self, threshold))
+    def record(self, *options):
+        drawn.append(draw(self, *options))
         return drawn[-1]
 
     monkeypatch.setattr(Search, "draw_candidates", record)
@@ -402,6 +402,21 @@ def test_the_last_draw_is_not_clamped_and_may_be_of_likely_heads_only():
     assert counts[2] == 3000
     assert made.draw_candidates(0.8).any(dim=2).tolist() == [[False, False, True]] * 10
     assert made.draw(1000)[:, 0].any()  # on the way they are tried: the clamp
+
+
+def test_thresholds_in_place_of_draws(model):
+    """Of the heads above 1/11, 2/11, ...: those of the least loss on the validation examples, by naive patching."""
+    vector = search(model, steps=15, candidates="thresholds", validation=EXAMPLES, lr=0.3)
+    masks = torch.stack([vector.probabilities > n / 11 for n in range(1, 11)])
+    assert len(masks.flatten(1).unique(dim=0)) > 3
+    targets = torch.tensor([engine.tasks.first_token(model, example) for example in EXAMPLES])
+    logits = engine.naive.patch(model, [e.prompt for e in EXAMPLES], heads=masks, values=vector.values)
+    losses = torch.stack([cross_entropy(logits[:, row], targets) for row in range(10)])
+    assert vector.metadata["validation_loss"] == pytest.approx(losses.min().item(), abs=1e-5)
+    assert torch.equal(vector.mask, masks[losses.argmin()])
+    assert vector.metadata["candidates"] == "thresholds"
+    with_threshold = search(model, steps=15, candidates="thresholds", threshold=0.6, validation=EXAMPLES, lr=0.3)
+    assert (vector.probabilities[with_threshold.mask] > 0.6).all()
 
 
 @pytest.mark.parametrize("loss", ["answer", "token_mean"])
