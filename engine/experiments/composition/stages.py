@@ -96,31 +96,42 @@ def pretrained(
 
 
 def fitted_heads(encoder: nn.Module, parts: Sequence[Labelled], c: float = 1.0) -> Heads:
-    """Logistic regressions of scikit-learn (C=c) on the base's features; they stay as they are from here on."""
+    """Logistic regressions on the base's features (`regression`); they stay as they are from here on."""
+    found = []
+    for part in parts:
+        seen = len(part.labels.unique())
+        if seen < len(part.classes):
+            raise ValueError(f"set {part.name!r} has samples of {seen} of its {len(part.classes)} classes: give more")
+        found.append(regression(features_of(encoder, part), part.labels, c))
+    heads = Heads(found[0][0].shape[1], [len(part.classes) for part in parts])
+    with torch.no_grad():
+        heads.all.weight.copy_(torch.cat([w for w, _ in found]))
+        heads.all.bias.copy_(torch.cat([b for _, b in found]))
+    return heads.requires_grad_(False)
+
+
+def regression(h: Float[Tensor, "samples width"], labels: Tensor, c: float = 1.0) -> tuple[Tensor, Tensor]:
+    """scikit-learn's logistic regression on standardised features, as weights [classes, width] and biases of raw ones.
+
+    c: inverse strength of its regularisation. Numbers of a feature that (nearly) never change get no weight: MiniLM has
+    some of size 1e-33.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    weights, biases = [], []
-    for part in parts:
-        h = features_of(encoder, part)
-        found = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
-            h.numpy(), part.labels.numpy()
-        )
-        scaler, regression = found[0], found[1]
-        if len(regression.classes_) not in (2, len(part.classes)) or len(regression.classes_) < len(part.classes):
-            raise ValueError(f"set {part.name!r} has samples of {len(regression.classes_)} of its classes: give more")
-        w, b = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
-        if len(w) == 1:  # of two classes: log-odds of the second
-            w, b = torch.cat([-w / 2, w / 2]), torch.cat([-b / 2, b / 2])
-        w = w / torch.from_numpy(scaler.scale_)
-        weights.append(w)
-        biases.append(b - w @ torch.from_numpy(scaler.mean_))
-    heads = Heads(weights[0].shape[1], [len(part.classes) for part in parts])
-    with torch.no_grad():
-        heads.all.weight.copy_(torch.cat(weights))
-        heads.all.bias.copy_(torch.cat(biases))
-    return heads.requires_grad_(False)
+    spread = h.std(dim=0)
+    live = spread > 1e-6 * spread.max()
+    scaler, found = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(
+        h[:, live].numpy(), labels.numpy()
+    )
+    w, b = torch.from_numpy(found.coef_), torch.from_numpy(found.intercept_)
+    if len(w) == 1:  # of two classes: log-odds of the second
+        w, b = torch.cat([-w / 2, w / 2]), torch.cat([-b / 2, b / 2])
+    w = w / torch.from_numpy(scaler.scale_)
+    whole = w.new_zeros(len(w), h.shape[1])
+    whole[:, live] = w
+    return whole.to(h), (b - w @ torch.from_numpy(scaler.mean_)).to(h)
 
 
 def finetuned(

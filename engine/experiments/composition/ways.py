@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine import weights
 from engine.experiments.composition.sets import Labelled
-from engine.experiments.composition.stages import Heads, features_of, joined
+from engine.experiments.composition.stages import Heads, features_of, joined, regression
 from engine.methods import vtvc
 from engine.methods.posterior import Kind, Posterior
 from engine.weights.vectors import TaskVectors
@@ -112,15 +112,9 @@ def added(setting: Setting, way: str) -> Found:
 
 
 def _routes(setting: Setting) -> dict[str, Tensor]:
-    """The set of each sample by a logistic regression of scikit-learn on its feature."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    learn = setting.parts["compose"]
-    router = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    router.fit(learn.features.numpy(), learn.sets.numpy())
-    return {name: torch.from_numpy(router.predict(part.features.numpy())) for name, part in setting.parts.items()}
+    """The set of each sample by a logistic regression on its feature."""
+    w, b = regression(setting.parts["compose"].features, setting.parts["compose"].sets)
+    return {name: (part.features @ w.T + b).argmax(dim=1) for name, part in setting.parts.items()}
 
 
 def _learned(setting: Setting, kind: Kind) -> Found:

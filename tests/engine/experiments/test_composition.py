@@ -77,6 +77,18 @@ def test_fitted_heads_are_scikit_learns(pictures):
         assert right.all()
 
 
+def test_numbers_that_never_change_get_no_weight():
+    torch.manual_seed(0)
+    h, labels = torch.randn(90, 4), torch.arange(90) % 3
+    h[:, 1], h[:, 2] = 0.5, 1e-33 * h[:, 2]
+    w, b = stages.regression(h, labels)
+    assert not w[:, 1:3].any()
+    assert w.isfinite().all()
+    others = stages.regression(h[:, [0, 3]], labels)
+    assert torch.equal(w[:, [0, 3]], others[0])
+    assert torch.equal(b, others[1])
+
+
 def test_all_of_it_and_again_from_its_files(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(ways, "STRENGTHS", {way: [0.0, 0.5, 1.0] for way in ways.NEGATIONS})
