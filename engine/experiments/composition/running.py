@@ -252,6 +252,6 @@ def _write(results: Results) -> None:
         c = torch.tensor([one["coefficients"] for one in gated]).mean(dim=0)
         plots.effect_maps(
             folder / "coefficients.png", c[None], torch.zeros_like(c[None], dtype=torch.bool),
-            "coefficient, mean over blocks, samples, seeds", (names, names), ("samples of", "vector of"),
+            "mean coefficient", (names, names), ("samples of", "vector of"),
             title="what the gated posterior adds",
         )  # fmt: skip
