@@ -133,7 +133,7 @@ def test_mlps_send(families, freeze):
     for n, layer in ((0, 0), (1, 1)):
         want = one(family, n, (layer, None), [("q", 2, 1)], LAST, freeze != "heads")
         assert abs(effects.patched[n, layer].item() - want.item()) <= LIMIT
-    assert effects.effect[:, 2].abs().max() == 0
+    assert effects.effect[:, 2].abs().max() <= LIMIT  # q of its own layer does not read it
 
 
 def test_named_senders(families):
