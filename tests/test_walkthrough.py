@@ -27,7 +27,7 @@ def run(name, folder, **fewer):
 
 @pytest.mark.filterwarnings("ignore")  # Jupyter's own
 def test_walkthrough(tmp_path):
-    lines, pictures = run("walkthrough.ipynb", tmp_path)
+    lines, pictures = run("walkthrough.ipynb", tmp_path, count=8)
     assert pictures == 2
     without, steered = (
         next(re.findall(r"0\.\d\d|1\.00", line) for line in lines if line.startswith(start) and "to" in line)

@@ -30,8 +30,17 @@ BY_HEAD = {
 }
 
 
-@pytest.mark.parametrize("backend", ["transformer_lens", "nnsight"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    [
+        ("llama", "transformer_lens"),
+        ("gpt2", "nnsight"),
+        pytest.param("gpt2", "transformer_lens", marks=pytest.mark.slow),
+        pytest.param("llama", "nnsight", marks=pytest.mark.slow),
+        pytest.param("gemma2", "transformer_lens", marks=pytest.mark.slow),
+        pytest.param("gemma2", "nnsight", marks=pytest.mark.slow),
+    ],
+)
 def test_agree_with_plain(family, backend):
     found = list(cells(family, backend))
     assert not [cell.site for cell in found if cell.refused]
