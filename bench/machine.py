@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bench.limits import Rates
-from models.linear import onednn_layers, onednn_linear
+from models.linear import onednn_layers
 
 LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", "pyvene")
 
@@ -61,18 +61,18 @@ def free_bytes(device: str | torch.device) -> int:
 
 @torch.no_grad()
 def measure_rates(device: str | torch.device, dtype: torch.dtype, repeats: int = 5) -> Rates:
-    """Matrix rate of a square product, the faster of torch's and (float32, CPU) oneDNN's; bandwidth of a large copy."""
+    """Matrix rate of a square product, the fastest of torch's and (float32, CPU) oneDNN's with weights as they are and
+    reordered; bandwidth of a large copy.
+    """
     cuda = torch.device(device).type == "cuda"
     n, copied = (8192, 2 * 2**30) if cuda else (2048, 256 * 2**20)
-    layer = nn.Linear(n, n, bias=False, dtype=dtype, device=device)
-    x = torch.randn(n, n, dtype=dtype, device=device)
-
-    def onednn() -> None:
-        with onednn_linear(onednn_layers([layer])):
-            layer(x)
-
+    x, weight = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    products: list[Callable[[], object]] = [lambda: x @ weight]
+    if not cuda and dtype == torch.float32 and onednn_layers([nn.Linear(1, 1)]):
+        multiply, reordered = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight(weight, n)
+        products += [lambda: multiply(x, weight, None, "none", [], "")]
+        products += [lambda: multiply(x, reordered, None, "none", [], "")]
     wait = synchronise(device)
-    products = [lambda: x @ x] if cuda else [lambda: x @ x, onednn]
     flops = 2 * n**3 / min(_fastest(product, wait, repeats) for product in products)
     source = torch.zeros(copied // dtype.itemsize, dtype=dtype, device=device)
     target = torch.zeros_like(source)
