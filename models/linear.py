@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from models.calls import Passing, current
 from models.interface import Model, UnsupportedModelError
+from models.shapes import Float
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ROWS = 32  # tokens that the order of packed weights is best for
 
 
@@ -36,7 +38,7 @@ PACKS: ContextVar[Mapping[nn.Linear, Pack]] = ContextVar("packs", default=Mappin
 
 def onednn_layers(modules: Sequence[nn.Module]) -> list[nn.Linear]:
     """The plain linear layers with plain weights (sharded ones are DTensors), if this torch has the operation."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not HAS_ONEDNN:
         return []
     return [m for m in modules if type(m) is nn.Linear and type(m.weight) is nn.Parameter]
 
@@ -57,13 +59,24 @@ def onednn_linear(layers: Sequence[nn.Linear]) -> Iterator[None]:
 def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     others = current() is None  # a forward beside ours, which may record gradients
-    plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and x.numel()
-    if others or not plain:
+    if others or not multiplies(x, weight):
         return nn.functional.linear(x, weight, bias)
     pack = PACKS.get().get(layer)
     if pack is not None and pack.weight is weight and pack.version == weight._version:
         weight = pack.reordered
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return onednn(x, weight, bias)
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `onednn` can."""
+    plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and x.numel()
+    return bool(HAS_ONEDNN and plain)
+
+
+def onednn(x: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in"], bias: Tensor | None = None) -> Tensor:
+    """Gives x weight^T + bias, without gradients."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from engine.weights.vectors import Factors
+from models.linear import multiplies, onednn
 from models.shapes import Float
 
 Way: TypeAlias = Literal["auto", "merge", "wide", "low_rank"]
@@ -101,10 +102,14 @@ def merge(
     """Tile by tile: a few rows of the matrix, merged for a few samples, in a buffer that is used again."""
     width = weight.shape[1] if rows_in else weight.shape[0]
     y = x.new_zeros(*x.shape[:2], width) if rows_in else x.new_empty(*x.shape[:2], width)
+    long = x.shape[1] >= TOKENS
     for rows, some, tile in tiles(weight, delta, c):
         if rows_in:
             y[some].baddbmm_(x[some, :, rows], tile)
-        elif x.shape[1] >= TOKENS and tile.shape[1] >= ROWS:
+        elif long and multiplies(x, tile):  # MKL's batched product is at half the rate of it on AMD
+            for ours, merged, out in zip(x[some], tile, y[some, :, rows], strict=True):
+                out.copy_(onednn(ours, merged))
+        elif long and tile.shape[1] >= ROWS:
             torch.bmm(x[some], tile.mT, out=y[some, :, rows])
         else:
             y[some, :, rows] = torch.bmm(tile, x[some].mT).mT

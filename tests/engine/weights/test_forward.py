@@ -107,7 +107,8 @@ def test_batches_that_are_no_multiple_of_a_chunk(batch):
 @pytest.mark.parametrize("tokens", [1, 5, products.TOKENS])
 @pytest.mark.parametrize("rows_in", [False, True])
 @pytest.mark.parametrize("low", [False, True])
-def test_tiles_of_any_size(monkeypatch, tile, tokens, rows_in, low):
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])  # of outputs up to 60
+def test_tiles_of_any_size(monkeypatch, tile, tokens, rows_in, low, dtype, limit):
     """Also over a buffer that holds what was there before."""
     monkeypatch.setattr(products, "TILE", tile)
     monkeypatch.setattr(products, "ROWS", 3)
@@ -117,11 +118,13 @@ def test_tiles_of_any_size(monkeypatch, tile, tokens, rows_in, low):
     weight, left, right = (
         torch.randn(*s, generator=draw, dtype=torch.float64) for s in (size, (3, size[0], 2), (3, 2, size[1]))
     )
-    delta = (left, right) if low else left @ right
     merged = weight + torch.einsum("bt,trc->brc", c, left @ right)
     want = x @ (merged if rows_in else merged.mT)
+    x, weight, left, right, c = (tensor.to(dtype) for tensor in (x, weight, left, right, c))
+    delta = (left, right) if low else left @ right
     for way in ("merge", "low_rank" if low else "wide"):
-        torch.testing.assert_close(products.product(x, weight, delta, c, rows_in, way), want, atol=1e-12, rtol=0)
+        got = products.product(x, weight, delta, c, rows_in, way).double()
+        torch.testing.assert_close(got, want, atol=limit, rtol=0)
 
 
 @pytest.mark.parametrize("blocks", ["layer", "model"])
