@@ -68,9 +68,9 @@ def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `onednn` can."""
+    """Whether `onednn` can. It can also by a part of a larger matrix, but takes a thousand times as long for it."""
     plain = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu" and x.numel()
-    return bool(HAS_ONEDNN and plain)
+    return bool(HAS_ONEDNN and plain and (weight.is_contiguous() or weight.mT.is_contiguous()))
 
 
 def onednn(x: Float[Tensor, "*tokens in"], weight: Float[Tensor, "out in"], bias: Tensor | None = None) -> Tensor:

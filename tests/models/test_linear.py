@@ -54,6 +54,19 @@ def test_transposed_input(random, calls):
     assert (got - nn.functional.linear(x, layer.weight, layer.bias)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("cut", [lambda w: w[:, :7], lambda w: w[::2], lambda w: w[:, 2:9]])
+def test_parts_of_larger_weights_are_multiplied_by_torch(random, calls, cut):
+    """oneDNN is a thousand times slower by them."""
+    part = cut(torch.randn(6, 9, generator=random))
+    layer, x = nn.Linear(part.shape[1], part.shape[0]), torch.randn(3, part.shape[1], generator=random)
+    layer.weight = nn.Parameter(part)
+    assert layer.weight.stride() == part.stride()
+    with torch.no_grad(), onednn_linear([layer]):
+        got = layer(x)
+    assert not calls
+    assert torch.equal(got, nn.functional.linear(x, part, layer.bias))
+
+
 def test_not_where_gradients_are_recorded(random, calls):
     layer, x = layer_and_input(3, 7, 5, True, False, random)
     with onednn_linear([layer]):
