@@ -56,7 +56,7 @@ def test_transposed_input(random, calls):
 
 @pytest.mark.parametrize("cut", [lambda w: w[:, :7], lambda w: w[::2], lambda w: w[:, 2:9]])
 def test_parts_of_larger_weights_are_multiplied_by_torch(random, calls, cut):
-    """oneDNN is a thousand times slower by them."""
+    """By them oneDNN is a thousand times slower."""
     part = cut(torch.randn(6, 9, generator=random))
     layer, x = nn.Linear(part.shape[1], part.shape[0]), torch.randn(3, part.shape[1], generator=random)
     layer.weight = nn.Parameter(part)
