@@ -32,15 +32,11 @@ NAMES = ("antonyms", "past_tense")
 
 
 class Way(NamedTuple):
-    """A search: its options, every how many steps its heads are looked at, and the step at which it is given up.
-
-    examples: that it is given; a third of them it does not draw from, but chooses by at its end.
-    """
+    """A search: its options, every how many steps its heads are looked at, and the step at which it is given up."""
 
     options: dict[str, Any]
     every: int
     steps: int
-    examples: int = 100
 
     def candidates(self, p: Tensor, random: Generator) -> Tensor:
         """As the search's end would choose among."""
@@ -58,10 +54,13 @@ WAYS = {
     "straight_through, 4 prompts, thresholds": Way(
         dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds"), 5, 300
     ),
-    "straight_through, 4 of 32 prompts, thresholds": Way(
-        dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds"), 5, 300, examples=48
+    "straight_through, 4 prompts, thresholds, lr 0.2": Way(
+        dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds", lr=0.2), 5, 300
     ),
     "relaxed, 4 prompts": Way(dict(estimator="relaxed", prompts_per_step=4), 10, 300),
+    "relaxed, 4 prompts, thresholds, lr 0.2": Way(
+        dict(estimator="relaxed", prompts_per_step=4, candidates="thresholds", lr=0.2), 5, 300
+    ),
 }
 REFERENCE = "reinforce"
 WITHIN = 0.05  # nats
@@ -106,8 +105,7 @@ def curve(
         started = time.perf_counter()
 
     with Spent().of(model) as spent, suppress(EnoughError):
-        given = examples[: way.examples]
-        mtv.extract(model, given, means, steps=steps, seed=seed, on_step=look, progress=False, **options)
+        mtv.extract(model, examples, means, steps=steps, seed=seed, on_step=look, progress=False, **options)
     return found
 
 

@@ -15,7 +15,7 @@ from engine.methods.function_vectors import FunctionVector
 from engine.tasks import Example
 
 SHUFFLED, FV_HEADS = 25, 10  # prompts and heads of a function vector, arXiv 2310.15213
-STRAIGHT_THROUGH = dict(estimator="straight_through", prompts_per_step=4)
+STRAIGHT_THROUGH = dict(estimator="straight_through", prompts_per_step=4, candidates="thresholds", lr=0.2)
 
 
 def searched(s: Setting) -> list[Example]:
