@@ -38,6 +38,7 @@ def extract(
         int | None, typer.Option(help="Head masks tried in a step; default 32, by gates one a prompt.")
     ] = None,
     prompts_per_step: Annotated[int, typer.Option(help="Examples whose mean loss a step lowers.")] = 1,
+    lr: Annotated[float, typer.Option(help="Of Adam; by gates with thresholds 0.2 takes fewer steps.")] = 0.1,
     candidates: Annotated[
         str, typer.Option(help="What the end chooses among: draws, or heads above thresholds of probability.")
     ] = "draws",
@@ -69,7 +70,7 @@ def extract(
         out.quiet = note.quiet = world.rank > 0
         searching: dict[str, Any] = dict(
             preset=preset, steps=steps, estimator=estimator, rollouts=rollouts, prompts_per_step=prompts_per_step,
-            candidates=candidates, seed=seed, at_once=at_once, world=world,
+            lr=lr, candidates=candidates, seed=seed, at_once=at_once, world=world,
         )  # fmt: skip
         options = mtv.read_options(**searching)
         if loss not in get_args(Scored):

@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     lines = [json.dumps({"input": f"{i} {w.split()[0]}", "output": w.split()[1]}) for i, w in enumerate(words)]
     (folder / "mine.jsonl").write_text("\n".join(lines))
     options = dict(task=folder / "mine.jsonl", steps=3, shots=2, prompts=4, rollouts=4, out=folder / "out")
-    options |= {"icl-shots": 2, "candidates": "thresholds"}
+    options |= {"icl-shots": 2, "candidates": "thresholds", "lr": 0.2}
     result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
     assert result.exit_code == 0, result.output
     assert "zero-shot + MTV" in result.output
@@ -44,6 +44,7 @@ def test_extract_leaves_whole_files(folder):
     vector = TaskVector.load(folder / "vector.safetensors")
     assert [tuple(head) for head in results["heads"]] == vector.heads
     assert vector.metadata["task"] == "mine"
+    assert vector.metadata["lr"] == 0.2
     for picture in ("heads.png", "curve.png"):
         with Image.open(folder / picture) as image:
             assert image.width > 300
