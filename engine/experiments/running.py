@@ -19,6 +19,7 @@ from engine.core.reading import check_model
 from engine.experiments import report
 from engine.experiments.methods import methods
 from engine.experiments.paper import EXPERIMENTS, FOUR, baselines, main
+from engine.experiments.parts import part
 from engine.experiments.setting import AnyTask, Options, Record, Setting
 from models import Model
 
@@ -135,12 +136,12 @@ def run(
         for seed in range(options.seeds):
             started = time.perf_counter()
             setting = Setting(opened, task, seed, options, folder, tuple(tasks), progress)
-            part = _part(name, setting)
-            records += part["records"]
+            done = _done(name, setting)
+            records += done["records"]
             if seed == 0:
-                samples[task.name] = part["samples"]
+                samples[task.name] = done["samples"]
             if say:
-                said = ", ".join(f"{record['way']} {_shown(record)}" for record in part["records"])
+                said = ", ".join(f"{record['way']} {_shown(record)}" for record in done["records"])
                 say(f"{task.name}, seed {seed}: {said} ({time.perf_counter() - started:.0f} s)")
     results = Results(name, opened.name, options, records, folder)
     _write(results, tasks, samples)
@@ -171,24 +172,19 @@ def _check(name: str, tasks: Sequence[AnyTask], options: Options) -> None:
             task.queries(split.test[: options.queries], split.train, most, seed)
 
 
-def _part(name: str, setting: Setting) -> dict[str, Any]:
+def _done(name: str, setting: Setting) -> dict[str, Any]:
     """One task at one seed: from its file if that agrees, else done and written there."""
     path = setting.folder / "parts" / f"{name}-{setting.task.name}-{setting.seed}.json"
     compared = setting.tasks if name == "transfer" else ()
     data = {task.name: replace(setting, task=task).identity["data"] for task in compared}
     identity = {"experiment": name, "compared": data, **setting.identity}
-    if path.is_file():
-        try:
-            kept: dict[str, Any] = json.loads(path.read_text())
-            if kept["setting"] == identity:
-                return kept
-        except (ValueError, KeyError):
-            pass  # not a part: it is done anew
-    records = [dict(task=setting.task.name, seed=setting.seed) | record for record in EXPERIMENTS[name](setting)]
     shows = setting.seed == 0 and EXPERIMENTS[name] in (main, baselines, methods)
-    part = dict(setting=identity, records=records, samples=_samples(setting) if shows else [])
-    write_whole(path, json.dumps(part, indent=1) + "\n")
-    return part
+
+    def make() -> dict[str, Any]:
+        records = [dict(task=setting.task.name, seed=setting.seed) | record for record in EXPERIMENTS[name](setting)]
+        return dict(records=records, samples=_samples(setting) if shows else [])
+
+    return part(path, identity, make)
 
 
 def _samples(setting: Setting) -> list[dict[str, str]]:

@@ -17,6 +17,7 @@ from torch import nn
 from engine import plots
 from engine.artifacts import save_tensors, versions, write_whole
 from engine.experiments.composition import encoders, sets, stages, ways
+from engine.experiments.parts import part
 from engine.weights import TaskVectors, task_vectors
 from models.reading import read_int
 
@@ -213,25 +214,19 @@ def _setting(
         save_tensors(paths["heads"], heads.state_dict(), made)
         vectors.save(paths["vectors"])
         write_whole(told, json.dumps(made))
-    parts = {part: ways.Part.of(base, [one[part] for one in split]) for part in ("compose", "select", "test")}
+    parts = {name: ways.Part.of(base, [one[name] for one in split]) for name in ("compose", "select", "test")}
     heads.requires_grad_(False)
     return ways.Setting(base, heads, vectors, parts, names, options.epochs, options.forget_epochs, seed, mine, progress)
 
 
 def _kept(path: Path, identity: Record, make: Callable[[], Any]) -> Record:
-    """A part from its file if that agrees, else made and written there."""
-    identity = json.loads(json.dumps(identity))
-    if path.is_file():
-        try:
-            kept: Record = json.loads(path.read_text())
-            if kept.pop("made with") == identity:
-                return kept
-        except (ValueError, KeyError):
-            pass  # not a part: it is made anew
-    started = time.perf_counter()
-    found = asdict(make()) | {"seconds": time.perf_counter() - started}
-    write_whole(path, json.dumps({**found, "made with": identity}) + "\n")
-    return found
+    """A part, with the seconds that making it took."""
+
+    def timed() -> Record:
+        started = time.perf_counter()
+        return asdict(make()) | {"seconds": time.perf_counter() - started}
+
+    return part(path, identity, timed)
 
 
 def _write(results: Results) -> None:
