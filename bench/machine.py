@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bench.limits import Rates
-from models.linear import onednn_layers
+from models.linear import multiplies, onednn, reorder
 
 LIBRARIES = ("torch", "transformers", "triton", "transformer-lens", "nnsight", "pyvene")
 
@@ -68,10 +67,9 @@ def measure_rates(device: str | torch.device, dtype: torch.dtype, repeats: int =
     n, copied = (8192, 2 * 2**30) if cuda else (2048, 256 * 2**20)
     x, weight = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     products: list[Callable[[], object]] = [lambda: x @ weight]
-    if not cuda and dtype == torch.float32 and onednn_layers([nn.Linear(1, 1)]):
-        multiply, reordered = torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._reorder_linear_weight(weight, n)
-        products += [lambda: multiply(x, weight, None, "none", [], "")]
-        products += [lambda: multiply(x, reordered, None, "none", [], "")]
+    if multiplies(x, weight):
+        reordered = reorder(weight, n)
+        products += [lambda: onednn(x, weight), lambda: onednn(x, reordered)]
     wait = synchronise(device)
     flops = 2 * n**3 / min(_fastest(product, wait, repeats) for product in products)
     source = torch.zeros(copied // dtype.itemsize, dtype=dtype, device=device)

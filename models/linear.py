@@ -119,7 +119,7 @@ def packs_of(model: Model) -> dict[nn.Linear, Pack]:
             f"{model.name} has no linear layers to reorder: expected float32 weights on the CPU"
         )
     with torch.no_grad():
-        return {layer: Pack(layer.weight, layer.weight._version, _pack(layer.weight)) for layer in layers}
+        return {layer: Pack(layer.weight, layer.weight._version, reorder(layer.weight)) for layer in layers}
 
 
 def _plain(layer: nn.Linear) -> bool:
@@ -128,6 +128,7 @@ def _plain(layer: nn.Linear) -> bool:
     return mine and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
-def _pack(weight: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+def reorder(weight: Float[Tensor, "out in"], tokens: int = ROWS) -> Tensor:
+    """A copy that `onednn` multiplies so many tokens by best."""
+    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), tokens)
     return found
