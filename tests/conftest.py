@@ -90,6 +90,21 @@ def small(smollm2):
         return models.wrap(LlamaForCausalLM(config).eval(), smollm2.tokenizer, name="smollm2-small")
 
 
+@pytest.fixture(scope="session")
+def families():
+    """A function of the family's name: a tiny model beside copies that the engine never sees, made once."""
+    from tests.sites import Family
+
+    made = {}
+
+    def make(name, dtype=torch.float32):
+        if (name, dtype) not in made:
+            made[name, dtype] = Family(name, dtype)
+        return made[name, dtype]
+
+    return make
+
+
 @pytest.fixture
 def random():
     return torch.Generator().manual_seed(0)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,25 @@ STRATEGIES = ("auto", "packed", "layered", "expanded", "batch", "naive")
 MODES = ("replace", "add", "scale")
 POSITIONS = (-1, [-3, -1], 0)
 LIMIT = 1e-5
+CORE = ("llama", "gpt2", "gemma2")
+
+
+def having(*some: str, of: Sequence[str] = tuple(plain.LAYOUTS)) -> list[Any]:
+    """Families and each of the sites they have; of those not in `some`, marked slow."""
+    return [
+        pytest.param(family, site, marks=[pytest.mark.slow] * (family not in some), id=f"{family}-{site}")
+        for family in of
+        for site in plain.LAYOUTS[family].sites()
+    ]
+
+
+def every(*some: str) -> list[Any]:
+    return [pytest.param(family, marks=[pytest.mark.slow] * (family not in some)) for family in plain.LAYOUTS]
+
+
+def halved(layer: int, x: Tensor) -> Tensor:
+    """An edit: no site's own."""
+    return x * (0.5 + 0.1 * layer)
 
 
 class Family:

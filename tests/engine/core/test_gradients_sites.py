@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import engine
 from tests import plain, sites
-from tests.sites import Case, Family, draw, prompt
+from tests.sites import Case, draw, prompt
 
 STRATEGIES = ("auto", "packed", "layered", "expanded", "batch", "naive")
 TARGET = 11
@@ -16,19 +16,6 @@ KINDS = [
     ("attn_out", "replace"), ("mlp_out", "replace"), ("mlp_act", "scale"), ("q", "replace"), ("k", "add"),
     ("v", "scale"), ("z", "replace"), ("scores", "add"), ("pattern", "replace"), ("pattern", "scale"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def family():
-    """A function of the name: in float64, made once."""
-    known = {}
-
-    def make(name):
-        if name not in known:
-            known[name] = Family(name, torch.float64)
-        return known[name]
-
-    return make
 
 
 def loss(logits):
@@ -83,9 +70,9 @@ def agrees(grad, slopes, moved):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize(("site", "mode"), KINDS)
-def test_slopes(family, random, name, site, mode):
+def test_slopes(families, random, name, site, mode):
     """Shared values, and a set a row at two positions."""
-    one, ids = family(name), prompt(random, 9)
+    one, ids = families(name, torch.float64), prompt(random, 9)
     for options in (dict(positions=-1), dict(positions=[-3, -1], per_row=True, per_position=True)):
         case = as_double(draw(one, site, random, n_tokens=9, rows=3, mode=mode, **options))
         moved = directions(case, random)
@@ -98,9 +85,9 @@ def test_slopes(family, random, name, site, mode):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("strategy", ["auto", "packed", "batch", "naive"])
-def test_of_every_patch_beside_others(family, random, name, strategy):
+def test_of_every_patch_beside_others(families, random, name, strategy):
     """Several at once, some at one site, one a knockout and one an edit without values."""
-    one, ids = family(name), prompt(random, 9)
+    one, ids = families(name, torch.float64), prompt(random, 9)
     cases = [
         as_double(draw(one, site, random, n_tokens=9, rows=rows, positions=positions, mode=mode))
         for site, rows, positions, mode in (
@@ -129,8 +116,8 @@ def test_of_every_patch_beside_others(family, random, name, strategy):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_of_several_prompts(family, random, name):
-    one, prompts = family(name), [prompt(random, n) for n in (5, 9, 5)]
+def test_of_several_prompts(families, random, name):
+    one, prompts = families(name, torch.float64), [prompt(random, n) for n in (5, 9, 5)]
     case = as_double(draw(one, "resid_mid", random, n_tokens=5, rows=3, positions=[-2, -1]))
     moved = directions(case, random)
     slopes = sum(by_differences(one, ids, [case], 3, 0, moved) for ids in prompts)
@@ -142,9 +129,9 @@ def test_of_several_prompts(family, random, name):
         agrees(leaf.grad, slopes, moved)
 
 
-def test_what_is_not_patched_has_none(family, random):
+def test_what_is_not_patched_has_none(families, random):
     """Numbers of units and layers that no row patches; and each row's own values of rows that do not."""
-    one, ids = family("llama"), prompt(random, 9)
+    one, ids = families("llama", torch.float64), prompt(random, 9)
     for site in ("resid_post", "q", "mlp_act", "scores"):
         case = as_double(draw(one, site, random, n_tokens=9, rows=4, per_row=True, mode="add"))
         grad = graded(lambda record: engine.patch(one.model, ids, record), case)  # [4, 1, L, U, W]
@@ -152,9 +139,9 @@ def test_what_is_not_patched_has_none(family, random):
         assert grad[case.units[:, None]].any()
 
 
-def test_vectors_and_numbers(family, random):
+def test_vectors_and_numbers(families, random):
     """A vector for all layers: the sum of the gradients of each."""
-    one, ids = family("llama"), prompt(random, 9)
+    one, ids = families("llama", torch.float64), prompt(random, 9)
     units = torch.tensor([[True, False, True]])
     vector = torch.randn(48, generator=random, dtype=torch.float64, requires_grad=True)
     loss(engine.patch(one.model, ids, engine.Patch("resid_post", units, vector, mode="add"))).backward()
@@ -164,9 +151,9 @@ def test_vectors_and_numbers(family, random):
     agrees(vector.grad, slopes, moved)
 
 
-def test_plain_gradients_agree(family, random):
+def test_plain_gradients_agree(families, random):
     """The differences themselves, against what torch makes of the plain forward."""
-    one, ids = family("gpt2"), prompt(random, 9)
+    one, ids = families("gpt2", torch.float64), prompt(random, 9)
     case = as_double(draw(one, "resid_mid", random, n_tokens=9, rows=2))
     moved = directions(case, random)
     leaf = case.values.clone().requires_grad_()
