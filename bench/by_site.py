@@ -23,7 +23,8 @@ Made by `python -m bench families --sites --write docs/sites.md`. Tiny random mo
 longer than every window, positions `-1` and `[-3, -1]`, replace and add (patterns: replace and scale); float32. Each
 cell: the largest absolute logit difference to `engine.naive` by the plain backend, over all strategies that are not
 refused, by their first letters (layered, packed, expanded, batch; naive always). Where that is more than 1e-5, the same
-in float64 follows: what is left is rounding. A dash: the family does not have the site, and why is said below.
+in float64 follows: what is left is rounding, or a part of the backend that computes in float32 even then. A dash: the
+family does not have the site, and why is said below.
 """
 
 

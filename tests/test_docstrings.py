@@ -22,6 +22,7 @@ def public():
     places = {
         "engine": (engine, engine.__all__),
         "engine.distributed": (engine.distributed, ["World", "joined"]),
+        "engine.evaluation": (engine.evaluation, ["wilson"]),
         "engine.experiments": (engine.experiments, engine.experiments.__all__),
         "engine.fv": (engine.fv, ["FunctionVector", "extract", "begun", "compose", "hits_by_layer"]),
         "engine.groups": (engine.groups, ["layers", "pairs", "cumulative"]),

@@ -211,7 +211,12 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def wilson(hits: int, queries: int) -> tuple[float, float]:
-    """95% interval of an accuracy."""
+    """Wilson's 95% interval of an accuracy of so many hits among queries.
+
+    >>> low, high = engine.evaluation.wilson(45, 100)
+    >>> f"{low:.2f} to {high:.2f}"
+    '0.36 to 0.55'
+    """
     from scipy.stats import binomtest
 
     found = binomtest(hits, queries).proportion_ci(method="wilson")

@@ -76,7 +76,7 @@ class Results:
             mine = [one for one in self.addition if one["way"] == way]
             row = {"way": way, "mean": _spread([one["mean"] for one in mine])}
             apart = [100 * (gated[one["seed"]] - one["mean"]) for one in mine if one["seed"] in gated]
-            row["gated less it"] = _spread(apart, 1) if apart and way != "gated (VTVC)" else ""
+            row["gated minus this way"] = _spread(apart, 1) if apart and way != "gated (VTVC)" else ""
             row["zeros"] = f"{ways.mean([one['zeros'] for one in mine]):.0%}"
             row |= {name: f"{ways.mean([one['right'][name] for one in mine]):.2f}" for name in names}
             found.append(row)
