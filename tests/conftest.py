@@ -105,6 +105,15 @@ def families():
     return make
 
 
+@pytest.fixture(scope="session")
+def small_folder(small, tmp_path_factory):
+    """That model, to be opened."""
+    folder = tmp_path_factory.mktemp("small")
+    small.hf.save_pretrained(folder)
+    small.tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def random():
     return torch.Generator().manual_seed(0)

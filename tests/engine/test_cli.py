@@ -1,4 +1,4 @@
-"""The command line end to end on the real model, small: files, answers, and errors told in one line."""
+"""The command line end to end, small, on the real model or a random one of its layers: files, answers, errors."""
 
 import json
 import subprocess
@@ -83,17 +83,26 @@ def test_heads_of_another_task_on_top_of_one_shot(folder, tmp_path):
     assert not (tmp_path / "curve.png").exists()
 
 
-def test_extract_by_gates(folder, tmp_path):
+def test_extract_by_gates(folder, small_folder, tmp_path):
     options = {"task": folder.parent / "mine.jsonl", "shots": 2, "prompts": 4, "icl-shots": 2, "steps": 2}
-    options |= {"estimator": "relaxed", "prompts-per-step": 2, "loss": "answer", "patched": "all", "out": tmp_path}
+    options |= {
+        "model": small_folder,
+        "estimator": "relaxed",
+        "prompts-per-step": 2,
+        "loss": "answer",
+        "patched": "all",
+        "out": tmp_path,
+    }
     result = run("extract", *(part for key, value in options.items() for part in (f"--{key}", value)))
     assert result.exit_code == 0, result.output
     assert TaskVector.load(tmp_path / "vector.safetensors").metadata["estimator"] == "relaxed"
     assert json.loads((tmp_path / "results.json").read_text())["loss"] == "answer"
 
 
-def test_fv(folder, tmp_path):
-    options = dict(task=folder.parent / "mine.jsonl", k=3, shots=2, prompts=4, shuffled=1, out=tmp_path / "out")
+def test_fv(folder, small_folder, tmp_path):
+    options = dict(
+        task=folder.parent / "mine.jsonl", model=small_folder, k=3, shots=2, prompts=4, shuffled=1, out=tmp_path / "out"
+    )
     result = run("fv", *(part for key, value in options.items() for part in (f"--{key}", value)))
     assert result.exit_code == 0, result.output
     assert "shuffled labels" in result.output
@@ -147,10 +156,10 @@ def test_help_starts_without_the_libraries_it_does_not_need():
     assert found.strip() == "[]"
 
 
-def test_trace(tmp_path):
+def test_trace(small_folder, tmp_path):
     """Named positions by default; a table, a picture, a page and the effects themselves."""
     out = tmp_path / "trace"
-    result = run("trace", "--task", "agreement", "--count", 2, "--out", out, "--quiet")
+    result = run("trace", "--model", small_folder, "--task", "agreement", "--count", 2, "--out", out, "--quiet")
     assert result.exit_code == 0, result.output
     assert "effect on the logit difference" in result.output
     assert sorted(p.name for p in out.iterdir()) == ["effects.html", "effects.safetensors", "map.png"]
@@ -165,9 +174,9 @@ def test_trace(tmp_path):
 
 
 @pytest.mark.parametrize("rank", ["attribution", pytest.param("edges", marks=pytest.mark.slow)])
-def test_circuit(tmp_path, rank):
+def test_circuit(small_folder, tmp_path, rank):
     out = tmp_path / "circuit"
-    result = run("circuit", "--count", 2, "--rank", rank, "--out", out, "--quiet")
+    result = run("circuit", "--model", small_folder, "--count", 2, "--rank", rank, "--out", out, "--quiet")
     assert result.exit_code == 0, result.output
     assert "CPR" in result.output
     assert sorted(p.name for p in out.iterdir()) == [

@@ -79,6 +79,7 @@ def test_it_sees_held_out_pictures(eyes, questions):
     assert share > 0.5
 
 
+@pytest.mark.slow
 def test_few_shot_prompts_show_it_the_task(eyes, questions):
     task = tasks.load("easy_vqa_colour")
     few, none = (task.queries(questions.test[:24], questions.train, shots) for shots in (6, 0))
@@ -117,6 +118,7 @@ def test_ridge_lies_near_the_words(eyes, squares):
     assert (nearest == torch.tensor([n % 3 for n in range(36, 48)])).float().mean() > 0.8
 
 
+@pytest.mark.slow
 def test_captions_teach_the_projector_alone(eyes, squares):
     pictures, x = squares
     language, before = eyes.hf.language, eyes.hf.language.lm_head.weight.detach().clone()

@@ -105,6 +105,7 @@ def test_cost_is_of_single_queries(model, said):
     assert found.seconds > 0
 
 
+@pytest.mark.slow
 def test_comparatives_are_answered_to_the_letter(smollm2):
     """The claim of the README on a task of its own: words other than those searched on, the whole string.
 
