@@ -261,14 +261,23 @@ def identity(model: Model) -> dict[str, str]:
     >>> engine.distributed.identity(model)["model"]
     'smollm2-135m'
     """
+    if any(hasattr(parameter, "full_tensor") for parameter in _parameters(model).values()):
+        raise ValueError(
+            f"the weights of {model.name} are shared out over the ranks (tensor parallel): "
+            "they run one model together, and cannot share out its rollouts as well; leave out world="
+        )
+    return {"model": model.name, "dtype": str(model.dtype), "weights": weights_of(model)}
+
+
+def weights_of(model: Model) -> str:
+    """A digest of a few values of every parameter; of those on a disk, or shared out, of their shapes."""
     values: list[Any] = []
-    for name, parameter in model.hf.named_parameters() if hasattr(model, "hf") else ():
-        if hasattr(parameter, "full_tensor"):
-            raise ValueError(
-                f"the weights of {model.name} are shared out over the ranks (tensor parallel): "
-                "they run one model together, and cannot share out its rollouts as well; leave out world="
-            )
+    for name, parameter in _parameters(model).items():
         values.append([name, list(parameter.shape)])
-        if not parameter.is_meta:
+        if not parameter.is_meta and not hasattr(parameter, "full_tensor"):
             values.append(parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLE)])
-    return {"model": model.name, "dtype": str(model.dtype), "weights": digest(*values)}
+    return digest(*values)
+
+
+def _parameters(model: Model) -> dict[str, Tensor]:
+    return dict(model.hf.named_parameters()) if hasattr(model, "hf") else {}

@@ -61,7 +61,7 @@ def _multiply(layer: nn.Linear, x: Tensor) -> Tensor:
     others = current() is None  # a forward beside ours, which may record gradients
     if others or not multiplies(x, weight):
         return nn.functional.linear(x, weight, bias)
-    pack = PACKS.get().get(layer)
+    pack = PACKS.get().get(layer) if x.numel() > x.shape[-1] else None  # one token would be summed in another order
     if pack is not None and pack.weight is weight and pack.version == weight._version:
         weight = pack.reordered
     return onednn(x, weight, bias)
@@ -101,7 +101,7 @@ def reordered(model: Model) -> Iterator[None]:
     finally:
         PACKS.reset(token)
     for layer, (weight, version, reordered) in packs.items():
-        if weight is layer.weight and version == weight._version and not torch.equal(reordered.to_dense(), weight):
+        if weight is layer.weight and version == weight._version and not _same_bits(reordered.to_dense(), weight):
             raise RuntimeError(
                 f"weights of {model.name} were written while they were reordered, through .data (a layer "
                 f"{list(weight.shape)}): what was computed since is of the old ones. Write them before"
@@ -120,6 +120,11 @@ def packs_of(model: Model) -> dict[nn.Linear, Pack]:
         )
     with torch.no_grad():
         return {layer: Pack(layer.weight, layer.weight._version, reorder(layer.weight)) for layer in layers}
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Of float32; NaN as well."""
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
 
 
 def _plain(layer: nn.Linear) -> bool:

@@ -15,7 +15,7 @@ def kmeans(points: Float[Tensor, "sets points width"], k: int, random: Generator
     centroids = _far_apart(points, k, random)
     before = None
     for _ in range(ROUNDS):
-        nearest = torch.cdist(points, centroids).argmin(dim=-1)  # [sets, points]
+        nearest = _apart(points, centroids).argmin(dim=-1)  # [sets, points]
         if before is not None and torch.equal(nearest, before):
             break
         before = nearest
@@ -25,12 +25,17 @@ def kmeans(points: Float[Tensor, "sets points width"], k: int, random: Generator
     return centroids
 
 
+def _apart(points: Tensor, others: Tensor) -> Float[Tensor, "sets points others"]:
+    """By differences: |a|^2 + |b|^2 - 2ab, which torch takes of many, loses clusters that lie far from the origin."""
+    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def _far_apart(points: Tensor, k: int, random: Generator) -> Float[Tensor, "sets k width"]:
     """Points, each drawn by its squared distance from the nearest one drawn before."""
     every = torch.arange(len(points))
     drawn = [points[every, torch.randint(points.shape[1], (len(points),), generator=random)]]
     while len(drawn) < k:
-        squared = torch.cdist(points, torch.stack(drawn, dim=1)).amin(dim=-1).square()
+        squared = _apart(points, torch.stack(drawn, dim=1)).amin(dim=-1).square()
         # Where all points are drawn already, any of them.
         weights = torch.where(squared.sum(dim=-1, keepdim=True) > 0, squared, 1.0)
         drawn.append(points[every, torch.multinomial(weights, 1, generator=random)[:, 0]])

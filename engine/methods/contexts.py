@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from engine.core.activations import capture
 from engine.core.prefix import Prefix, as_prefix
 from engine.distributed import digest
 from engine.tasks.scoring import ExampleLike, as_example
-from models import Model, PromptLike
+from models import Model, PromptLike, Site
+from models.shapes import Float
 
 
 def read_contexts(
@@ -20,6 +24,19 @@ def read_contexts(
         wanted = "at least one prompt" if count is None else f"one for each of {count} examples"
         raise ValueError(f"{what} must be {wanted}, got {len(contexts)}")
     return [as_prefix(model, example.prompt if (example := as_example(one)) else one) for one in contexts]  # type: ignore[arg-type]
+
+
+def states(
+    model: Model, prompts: Sequence[Prefix], site: Site, progress: bool
+) -> Float[Tensor, "prompts layers units width"]:
+    """Of each prompt's last token, in float32 on the CPU. Raises ValueError for what is not finite."""
+    found = capture(model, prompts, sites=site, progress=progress).float().cpu()  # type: ignore[arg-type]
+    if not found.isfinite().all():
+        n = int((~found.flatten(1).isfinite().all(dim=1)).nonzero()[0])
+        raise ValueError(
+            f"{model.name} gives NaN or infinite {site} on prompt {n}, {model.decode(prompts[n].tokens)!r:.60}"
+        )
+    return found
 
 
 def digest_of(prompts: Sequence[Prefix]) -> str:

@@ -29,11 +29,11 @@ from engine.core.activations import read_sites
 from engine.core.patches import Patch, Positions, Units
 from engine.core.prefix import PrefixPool
 from engine.core.reading import check_model, read_positions, read_units
-from engine.distributed import digest
+from engine.distributed import digest, weights_of
 from engine.methods.contexts import digest_of
 from engine.methods.options import read_options
 from engine.methods.search import Descent, resume, run
-from engine.methods.trials import read_held_out
+from engine.methods.trials import check_finite, read_held_out
 from engine.tasks.scoring import Example, ExampleLike, Scored, losses_under, scored_tokens, with_answer
 from models import Model, Site, UnsupportedModelError
 from models.reading import read_int
@@ -155,7 +155,7 @@ class Learning(Descent):
     patience: so many looks at the validation examples, without a lower loss, end it.
     """
 
-    names = (*Descent.names, "best", "validation_losses")
+    names = (*Descent.names, "best", "validation_losses", "looked")
 
     def __init__(
         self, vectors: Float[Tensor, "positions patched width"], lr: float, seed: int, decay: float, patience: int
@@ -164,27 +164,32 @@ class Learning(Descent):
         self.patience = patience
         self.best = self.theta.detach().clone()
         self.validation_losses: list[float] = []
+        self.looked = 0  # the step of the last look
 
     @property
     def done(self) -> bool:
         found = self.validation_losses
         return len(found) > self.patience and min(found[-self.patience :]) >= min(found[: -self.patience])
 
-    def look(self, loss: float) -> None:
-        """What the vectors are worth as they are."""
+    def look(self, loss: float, step: int) -> None:
+        """What the vectors are worth after a step."""
         if loss < min(self.validation_losses, default=float("inf")):
             self.best = self.theta.detach().clone()
         self.validation_losses.append(loss)
+        self.looked = step
 
     def tensors(self) -> dict[str, Tensor]:
         seen = torch.tensor(self.validation_losses, dtype=torch.float64)
-        return super().tensors() | {"best": self.best, "validation_losses": seen}
+        return super().tensors() | {"best": self.best, "validation_losses": seen, "looked": torch.tensor(self.looked)}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         super().load(tensors)
         self.best, self.validation_losses = tensors["best"], tensors["validation_losses"].tolist()
+        self.looked = int(tensors["looked"])
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def extract(
     model: Model,
     examples: Sequence[ExampleLike],
@@ -255,17 +260,24 @@ def extract(
     settings |= dict(weight_decay=float(weight_decay), look_every=every, patience=patience, method="learned")
     where = dict(site=site, positions=list(at), units=mask[0].nonzero().tolist())
     data = digest(*((lesson.targets, digest_of(lesson.pool.prompts)) for lesson in (taught, unseen)))
-    alike = settings | where | dict(model=model.name, shape=model.shape.as_dict(), data=data)
+    alike = settings | where | dict(model=model.name, shape=model.shape.as_dict(), weights=weights_of(model), data=data)
     resume(search, options.steps, checkpoint, alike)
 
     def step() -> None:
         drawn = search.draw_examples(len(given), options.prompts_per_step)
-        with torch.inference_mode(False), torch.enable_grad():
-            losses = taught.losses(drawn, search.theta)
-            _check(model, losses, given, drawn, search.step)
-            search.descend(losses.mean(), losses.detach())
+        losses = taught.losses(drawn, search.theta)
+        if not losses.requires_grad:
+            raise UnsupportedModelError(f"{model.name} records no gradients: no vector can be learned on it")
+        check_finite(losses, drawn, given, f"step {search.step}")
+        search.descend(losses.mean(), losses.detach())
         if search.step % every == 0 or search.step == options.steps:
-            search.look(_mean_loss(unseen, search.theta.detach()))
+            look()
+
+    @torch.no_grad()
+    def look() -> None:
+        losses = unseen.losses(range(len(held_out)), search.theta.detach())
+        check_finite(losses, range(len(held_out)), held_out, "validation")
+        search.look(losses.double().mean().item(), search.step)
 
     def tell(_: float) -> None:
         if on_step:
@@ -276,6 +288,8 @@ def extract(
         search, options.steps, step, label="learned task vector", show=progress and not on_step, checkpoint=checkpoint,
         every=options.checkpoint_every, identity=alike, after=tell,
     )  # fmt: skip
+    if search.looked < search.step:  # it went on from a checkpoint of the last step asked for
+        look()
     metadata = settings | dict(
         model=model.name,
         shape=model.shape.as_dict(),
@@ -303,20 +317,8 @@ def _read_lesson(
         with_answer(model, prompt, target)
         if outside := [p for p in at if not -len(prompt.tokens) <= p < len(prompt.tokens)]:
             raise IndexError(f"position {outside[0]} lies outside a prompt, which has {len(prompt.tokens)} tokens")
+        if len({p % len(prompt.tokens) for p in at}) < len(at):
+            raise ValueError(
+                f"positions {list(at)} are the same token twice in a prompt of {len(prompt.tokens)} tokens"
+            )
     return Lesson(model, pool, targets, loss == "token_mean", site, units, at)
-
-
-@torch.no_grad()
-def _mean_loss(lesson: Lesson, vectors: Float[Tensor, "positions patched width"]) -> float:
-    return lesson.losses(range(len(lesson.targets)), vectors).double().mean().item()
-
-
-def _check(
-    model: Model, losses: Float[Tensor, " prompts"], examples: Sequence[Example], drawn: Sequence[int], step: int
-) -> None:
-    if not losses.requires_grad:
-        raise UnsupportedModelError(f"{model.name} records no gradients: no vector can be learned on it")
-    for index, finite in zip(drawn, losses.isfinite().tolist(), strict=True):
-        if not finite:
-            said = f"the loss of example {index} ({examples[index].prompt!r:.60}) is not finite"
-            raise ValueError(f"step {step}: {said}")

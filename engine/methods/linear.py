@@ -20,20 +20,20 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.artifacts import load_tensors, save_tensors, versions
-from engine.core.activations import capture
 from engine.core.patches import Edit, Heads, One, Patch, Values
 from engine.core.patching import patch
 from engine.core.prefix import Prefix
 from engine.core.reading import check_model
-from engine.methods.contexts import read_contexts
+from engine.methods.contexts import read_contexts, states
 from engine.progress import track
 from engine.tasks.scoring import AT_ONCE, ExampleLike
 from models import Model, PromptLike
-from models.reading import read_int
+from models.reading import read_int, read_tensor
 from models.shapes import Float, Integer
 
 RIDGES = tuple(10.0**n for n in range(-4, 5))  # times the mean squared norm of what is regressed on
@@ -138,10 +138,7 @@ def extract(
     layers = list(range(n_layers)) if layer is None else [read_int(layer, "layer", None)]
     if not 0 <= layers[0] < n_layers:
         raise ValueError(f"layer must lie between 0 and {n_layers - 1}, the last of {model.name}, got {layer}")
-    x, y = (
-        capture(model, some, sites="resid_post", progress=progress)[:, :, 0].float().cpu()  # type: ignore[arg-type]
-        for some in (asked, shown)
-    )
+    x, y = (states(model, some, "resid_post", progress)[:, :, 0] for some in (asked, shown))
     held_out = 0 if layer is not None else min(HELD_OUT, len(asked) // 3)
     fitted = len(asked) - held_out
     found = [LinearVector(at, *regress(x[:fitted, at], y[:fitted, at], ridge)) for at in layers]
@@ -157,13 +154,17 @@ def extract(
 
 
 def regress(
-    x: Float[Tensor, "questions width"], y: Float[Tensor, "questions width"], ridge: float | None = None
+    x: Float[Tensor, "questions width"] | np.ndarray,
+    y: Float[Tensor, "questions width"] | np.ndarray,
+    ridge: float | None = None,
 ) -> tuple[Float[Tensor, " width"], Float[Tensor, " width"], Float[Tensor, "width rank"], Float[Tensor, "rank width"]]:
     """Ridge regression of y on x: both means, and the two factors of W; in float64, returned in float32.
 
     W = V S / (S^2 + ridge) U' Y of the centred X = U S V'; of as low a rank as there are questions.
     ridge: as for `extract`, default by the leave-one-out errors, of which all are had from one decomposition:
     y_i - f_without_i(x_i) = (y_i - f(x_i)) / (1 - hat_ii), with the mean fitted, too.
+
+    Raises ValueError for numbers that are not finite, or of different shapes.
 
     >>> x = torch.eye(3)
     >>> before, after, down, up = engine.linear.regress(x, 2 * x, ridge=1e-9)
@@ -172,6 +173,9 @@ def regress(
             [0., 2., 0.],
             [0., 0., 2.]])
     """
+    x, y = (torch.as_tensor(read_tensor(one, what)) for one, what in ((x, "x"), (y, "y")))
+    if x.ndim != 2 or x.shape != y.shape or not x.numel() or not (x.isfinite().all() and y.isfinite().all()):
+        raise ValueError(f"x and y must be finite numbers [questions, width], got {list(x.shape)} and {list(y.shape)}")
     x, y = x.double(), y.double()
     before, after = x.mean(dim=0), y.mean(dim=0)
     x, y = x - before, y - after
@@ -221,14 +225,14 @@ def distance(
 def _by_layer(
     model: Model,
     vectors: Sequence[LinearVector],
-    states: Float[Tensor, "questions layers d_model"],
+    known: Float[Tensor, "questions layers d_model"],
     asked: Sequence[Prefix],
     shown: Sequence[Prefix],
     progress: bool,
 ) -> Float[Tensor, "questions layers"]:
     """Distances with each vector at its layer: what it makes of states that are known is put there, a row a layer."""
     each = torch.eye(model.shape.n_layers, dtype=torch.bool)
-    becomes = torch.stack([vector(states[:, vector.layer]) for vector in vectors], dim=1)  # [N, L, d]
+    becomes = torch.stack([vector(known[:, vector.layer]) for vector in vectors], dim=1)  # [N, L, d]
     found = [
         _distances(model, [one], [other], patches=Patch("resid_post", each, state[:, None]))
         for one, other, state in track(list(zip(asked, shown, becomes, strict=True)), "distances by layer", progress)
@@ -245,5 +249,10 @@ def _distances(
         some = slice(start, start + AT_ONCE)
         said = patch(model, list(asked[some]), **patched).float().softmax(dim=-1)
         wanted = patch(model, list(shown[some])).float().softmax(dim=-1)
-        found.append((said - wanted).abs().sum(dim=-1).cpu() / 2)
+        apart = (said - wanted).abs().sum(dim=-1).cpu() / 2
+        for prompt, finite in zip(asked[some], apart.isfinite().all(dim=1).tolist(), strict=True):
+            if not finite:
+                said_of = model.decode(prompt.tokens)
+                raise ValueError(f"{model.name} gives NaN logits on {said_of!r:.60}, or on it after demonstrations")
+        found.append(apart)
     return torch.cat(found)

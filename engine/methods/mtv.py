@@ -32,7 +32,7 @@ from engine.distributed import ALONE, LostRankError, World, digest, identity
 from engine.methods.estimators import Estimator
 from engine.methods.options import PRESETS, Candidates, Options, Preset, read_options
 from engine.methods.search import Search, resume, run
-from engine.methods.trials import Shares, Trials, read_held_out, read_trials
+from engine.methods.trials import Shares, Trials, check_finite, read_held_out, read_trials
 from engine.tasks.scoring import AT_ONCE, ExampleLike, Scored
 from models import Model
 from models.shapes import Bool, Float, Integer
@@ -52,6 +52,8 @@ class Step:
     probabilities: Float[Tensor, "layers heads"]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def extract(
     model: Model,
     examples: Sequence[ExampleLike],
@@ -125,7 +127,7 @@ def extract(
     )  # fmt: skip
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step must be a function of a Step, got {on_step!r}")
-    means = read_means(model, means)
+    means = read_means(model, means).clone()  # one made in inference mode has no place in a graph
     pool, choosing = read_held_out(examples, validation, options.seed, options.constants.candidates > 1)
     trials = read_trials(model, pool, means, options)
     # What is wrong with the validation examples is said now, not after the search.
@@ -176,12 +178,12 @@ def _step(search: Search, shares: Shares) -> None:
     if options.by_gates:
         gates = search.draw_gates(options.prompts_per_step, options.rollouts)
         losses, gradient = shares.by_gates(drawn, gates)
-        trials.check(losses, drawn, search.step)
+        check_finite(losses, drawn, trials.examples, f"step {search.step}")
         search.follow(gradient, losses)
     else:
         masks = search.draw(options.rollouts)
         losses = shares.by_rollouts(drawn, masks)
-        trials.check(losses, drawn, search.step)
+        check_finite(losses, drawn, trials.examples, f"step {search.step}")
         search.update(masks, losses.mean(dim=0))
 
 
@@ -196,9 +198,8 @@ def _choose(
     losses = torch.zeros(0, len(candidates))
     if unseen.examples[share]:
         losses = unseen.losses(unseen.pool.prompts[share], unseen.targets[share], candidates)
-    losses = world.gather(losses, len(unseen.examples), AT_ONCE).mean(dim=0)
-    best = int(losses.argmin())
-    return candidates[best], losses[best].item()
+    best, loss = unseen.best(world.gather(losses, len(unseen.examples), AT_ONCE))
+    return candidates[best], loss
 
 
 def _compare(trials: Trials, unseen: Trials, checkpoint: str | Path | None, world: World) -> None:

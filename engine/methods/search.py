@@ -206,6 +206,7 @@ def read_checkpoint(
     tensors, saved = load_tensors(path, names)
     # What checkpoints were of before they said it.
     older = {"method": "mtv", "estimator": "reinforce", "prompts_per_step": 1, "loss": "first_token"}
+    older["weights"] = identity.get("weights")
     saved = older | saved
     differing = sorted(key for key in identity if saved.get(key) != identity[key])
     if differing:

@@ -32,16 +32,15 @@ import torch
 from torch import Generator, Tensor
 
 from engine.artifacts import TaskVector, versions
-from engine.core.activations import capture
-from engine.core.prefix import Prefix, as_prefix
+from engine.core.prefix import as_prefix
 from engine.core.reading import check_model
 from engine.distributed import ALONE
 from engine.methods.clusters import kmeans
-from engine.methods.contexts import digest_of, read_contexts
+from engine.methods.contexts import digest_of, read_contexts, states
 from engine.methods.estimators import standardised
 from engine.methods.options import read_options
 from engine.methods.search import Descent, resume, run
-from engine.methods.trials import Shares, read_held_out, read_trials
+from engine.methods.trials import Shares, check_finite, read_held_out, read_trials
 from engine.tasks.scoring import ExampleLike, Scored, read_examples
 from models import Model, PromptLike
 from models.reading import read_int
@@ -112,6 +111,8 @@ class Choice(Descent):
         self.descend(standardised(log_p, losses), losses)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def extract(
     model: Model,
     examples: Sequence[ExampleLike],
@@ -183,18 +184,18 @@ def extract(
     search = Choice(k, n_centroids, options.lr, options.seed)
     resume(search, options.steps, checkpoint, alike)
 
-    z = _captured(model, shown, progress)
-    felt = _sensitivity(z, _captured(model, asked, progress), by)
-    best = felt.flatten().sort(descending=True, stable=True).indices[:k]
-    points = z.flatten(1, 2)[:, best].transpose(0, 1)
-    bank = Bank(best, kmeans(points, n_centroids, Generator().manual_seed(options.seed)), z.mean(dim=0))
+    z = states(model, shown, "z", progress)
+    felt = _sensitivity(z, states(model, asked, "z", progress), by)
+    ranked = felt.flatten().sort(descending=True, stable=True).indices[:k]
+    points = z.flatten(1, 2)[:, ranked].transpose(0, 1)
+    bank = Bank(ranked, kmeans(points, n_centroids, Generator().manual_seed(options.seed)), z.mean(dim=0))
     shares = Shares(trials, ALONE, options.rollouts)
 
     def step() -> None:
         drawn = search.draw_examples(len(pool), options.prompts_per_step)
         chosen = search.draw(options.rollouts)
         losses = shares.by_rollouts(drawn, bank.masks(len(chosen)), bank.values(chosen))
-        trials.check(losses, drawn, search.step)
+        check_finite(losses, drawn, trials.examples, f"step {search.step}")
         search.update(chosen, losses.mean(dim=0))
 
     def tell(_: float) -> None:
@@ -210,8 +211,8 @@ def extract(
     )  # fmt: skip
     candidates = search.draw_candidates(options.constants.candidates)
     masks, values = bank.masks(len(candidates)), bank.values(candidates)
-    losses = unseen.losses(unseen.pool.prompts, unseen.targets, masks, values).mean(dim=0)
-    chosen = candidates[int(losses.argmin())]
+    best, validation_loss = unseen.best(unseen.losses(unseen.pool.prompts, unseen.targets, masks, values))
+    chosen = candidates[best]
     metadata = dict(
         options.settings,
         method="stv",
@@ -220,9 +221,9 @@ def extract(
         steps=options.steps,
         by=by,
         centroids=n_centroids,
-        ranked=[divmod(i, shape.n_heads) for i in best.tolist()],
+        ranked=[divmod(i, shape.n_heads) for i in ranked.tolist()],
         choices=chosen.tolist(),
-        validation_loss=losses.min().item(),
+        validation_loss=validation_loss,
         losses=search.losses,
         versions=versions(),
     )
@@ -255,18 +256,12 @@ def sensitivity(
     _check_ranking(by)
     asked = read_contexts(model, queries, None, "queries")
     shown = read_contexts(model, contexts, len(asked))
-    return _sensitivity(_captured(model, shown, progress), _captured(model, asked, progress), by)
+    return _sensitivity(states(model, shown, "z", progress), states(model, asked, "z", progress), by)
 
 
 def _check_ranking(by: str) -> None:
     if by not in get_args(Ranking):
         raise ValueError(f"by must be one of {list(get_args(Ranking))}, got {by!r}")
-
-
-def _captured(
-    model: Model, prompts: Sequence[Prefix], progress: bool
-) -> Float[Tensor, "prompts layers heads head_dim"]:
-    return capture(model, prompts, progress=progress).float().cpu()  # type: ignore[arg-type]
 
 
 def _sensitivity(

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.core.checking import able
 from engine.core.prefix import Prefix, PrefixPool
 from engine.core.rowstep import RowStep
-from engine.distributed import World
+from engine.distributed import World, weights_of
 from engine.methods.estimators import gate_gradients
 from engine.methods.options import Options
 from engine.tasks.scoring import (
@@ -68,20 +68,29 @@ class Trials:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be continued."""
         model, prompts = self.model, self.pool.prompts
-        known = [ids[0] for ids in self.targets] if self.options.loss == "first_token" else self.targets
+        targets = [ids[0] for ids in self.targets] if self.options.loss == "first_token" else self.targets
         data = hashlib.sha256(self.means.detach().float().cpu().numpy().tobytes())
-        data.update(json.dumps([[prompt.tokens.tolist() for prompt in prompts], known]).encode())
+        data.update(json.dumps([[prompt.tokens.tolist() for prompt in prompts], targets]).encode())
         for prompt in prompts:
             for pixels in prompt.prompt.inputs.values():
-                data.update(pixels.cpu().numpy().tobytes())
-        return dict(self.options.settings, model=model.name, shape=model.shape.as_dict(), data=data.hexdigest()[:16])
+                data.update(pixels.cpu().flatten().view(torch.uint8).numpy().tobytes())
+        known = dict(model=model.name, shape=model.shape.as_dict(), weights=weights_of(model))
+        return dict(self.options.settings, **known, data=data.hexdigest()[:16])
 
-    def check(self, losses: Float[Tensor, "prompts rollouts"], drawn: Sequence[int], step: int) -> None:
-        """Raises ValueError for losses that are not finite."""
-        for index, finite in zip(drawn, losses.isfinite().all(dim=1).tolist(), strict=True):
-            if not finite:
-                said = f"the loss of example {index} ({self.examples[index].prompt!r:.60}) is not finite"
-                raise ValueError(f"step {step}: {said}")
+    def best(self, losses: Float[Tensor, "prompts candidates"]) -> tuple[int, float]:
+        """The candidate of the lowest mean loss on all examples, and that loss. Raises ValueError as `check_finite`."""
+        check_finite(losses, range(len(losses)), self.examples, "validation")
+        means = losses.mean(dim=0)
+        return int(means.argmin()), means.min().item()
+
+
+def check_finite(
+    losses: Float[Tensor, "prompts ..."], drawn: Sequence[int], examples: Sequence[Example], when: str
+) -> None:
+    """Raises ValueError for losses that are not finite: by NaN nothing can be chosen."""
+    for index, finite in zip(drawn, losses.isfinite().reshape(len(losses), -1).all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(f"{when}: the loss of example {index} ({examples[index].prompt!r:.60}) is not finite")
 
 
 def read_trials(model: Model, examples: list[Example], means: Tensor, options: Options) -> Trials:

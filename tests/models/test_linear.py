@@ -195,6 +195,35 @@ def test_reordered_weights_written_unseen_are_found_at_the_end(tiny_llama):
         pass
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_reordered_weights_give_one_token_the_same_bits(tiny, family):
+    """A prompt of one token, rows on a prefix, and the last token, at which alone the vocabulary is read."""
+    model = tiny(family)
+    means = torch.randn(model.shape.n_layers, model.shape.n_heads, model.shape.head_dim)
+    prefix = engine.prefill(model, list(range(9)))
+
+    def ask():
+        asked = dict(heads=[(1, 2)], values=means)
+        return [engine.patch(model, one, **asked) for one in ([5], list(range(9)), prefix)]
+
+    want = ask()
+    try:
+        with models.reordered(model):
+            got = ask()
+    except models.UnsupportedModelError:
+        assert family == "gpt2"  # its layers are no linear ones, but the vocabulary's
+        return
+    assert all(torch.equal(one, other) for one, other in zip(want, got, strict=True))
+
+
+def test_reordered_weights_with_nan_are_not_taken_for_written(tiny_llama):
+    model = tiny_llama[1]
+    with torch.no_grad():
+        model.hf.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with models.reordered(model):
+        pass
+
+
 def test_what_cannot_be_reordered_is_refused():
     half = models.wrap(zoo.tiny("llama").to(torch.bfloat16), name="half")
     with pytest.raises(models.UnsupportedModelError, match="float32 weights on the CPU"), models.reordered(half):

@@ -23,6 +23,7 @@ BAD = {
     "no site": (dict(site="head"), ValueError, ("head",)),
     "scores": (dict(site="scores", units=[(0, 0)]), ValueError, ("scores", "each token")),
     "position": (dict(positions=[-1, 40]), IndexError, ("40", "outside")),
+    "one token twice": (dict(positions=[-1, 8]), ValueError, ("positions [-1, 8]", "same token twice", "9 tokens")),
     "position as text": (dict(positions="last"), TypeError, ("positions", "last")),
     "decay": (dict(weight_decay=-1.0), ValueError, ("weight_decay >= 0", "-1.0")),
     "decay as text": (dict(weight_decay="no"), ValueError, ("weight_decay", "'no'")),

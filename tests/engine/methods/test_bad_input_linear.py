@@ -1,5 +1,6 @@
 """Linear task vectors: what cannot be fitted is refused before anything is run; broken files."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,3 +52,24 @@ def test_files(model, tiny, tmp_path):
         LinearVector.load(path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         LinearVector.load(tmp_path / "nothing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (torch.ones(3, 2), torch.ones(4, 2)),
+        (torch.ones(3), torch.ones(3)),
+        (torch.ones(0, 2), torch.ones(0, 2)),
+        (torch.tensor([[1.0], [torch.nan]]), torch.ones(2, 1)),
+        (np.ones((2, 1)), np.array([[1.0], [np.inf]])),
+    ],
+)
+def test_regress(x, y):
+    with pytest.raises(ValueError, match=r"x and y must be finite numbers \[questions, width\], got "):
+        regress(x, y)
+
+
+def test_regress_takes_numpy():
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    for got, want in zip(regress(x, 2 * x), regress(torch.tensor(x), torch.tensor(2 * x)), strict=True):
+        assert torch.equal(got, want)

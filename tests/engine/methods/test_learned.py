@@ -132,9 +132,9 @@ def test_the_best_is_kept(model):
     for value, loss in ((1.0, 3.0), (2.0, 2.0), (3.0, 2.5)):
         with torch.no_grad():
             search.theta.fill_(value)
-        search.look(loss)
+        search.look(loss, 0)
         assert not search.done
-    search.look(2.0)
+    search.look(2.0, 0)
     assert search.done
     assert search.best.unique().tolist() == [2.0]
     vector = learn(model, steps=60, lr=2.0, look_every=1, patience=3)  # it soon overshoots
@@ -208,3 +208,25 @@ def test_inference_mode_and_no_grad(model):
     with torch.no_grad():
         same(learn(model, steps=3), want)
         assert not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("steps", [7, 14])
+def test_on_from_a_checkpoint_of_the_last_step_asked_for(model, tmp_path, steps):
+    """As a search of so many steps from the start, whose last look is at the last step."""
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(step):
+        if step.step == steps + 1:
+            raise StoppedError
+
+    given = dict(validation=ASKED[:2], progress=False, checkpoint_every=7)
+    with pytest.raises(StoppedError):
+        learned.extract(model, ASKED, [1], steps=20, checkpoint=tmp_path / "kept", on_step=stop, **given)
+    got = learned.extract(model, ASKED, [1], steps=steps, checkpoint=tmp_path / "kept", **given)
+    want = learned.extract(model, ASKED, [1], steps=steps, **given)
+    for _ in range(2):  # and again, of a search that is done
+        assert got.metadata["validation_losses"] == want.metadata["validation_losses"]
+        assert torch.equal(got.vectors, want.vectors)
+        got = learned.extract(model, ASKED, [1], steps=steps, checkpoint=tmp_path / "kept", **given)

@@ -158,6 +158,14 @@ def test_clusters_are_found(random):
         assert torch.allclose(cluttered[0][nearest == k].mean(dim=0), centroids[k], atol=1e-5)
 
 
+def test_clusters_far_from_the_origin(random):
+    """More points than torch takes differences of by itself."""
+    near = torch.randn(1, 60, 8, generator=random) + 20 * (torch.arange(60) % 3)[:, None]
+    centroids = kmeans(1e-3 * near + 100, 3, torch.Generator().manual_seed(0))
+    apart = torch.cdist(1e-3 * near.double() + 100, centroids.double()).amin(dim=-1)
+    assert apart.max() < 0.01  # of clusters 0.05 apart
+
+
 def test_clusters_of_equal_points(random):
     points = torch.ones(2, 6, 3)
     assert torch.equal(kmeans(points, 4, random), torch.ones(2, 4, 3))
