@@ -150,7 +150,10 @@ def beside(
 def _choose(
     how: Speaking, prompt: Int[Tensor, " tokens"], answers: Sequence[Growing], logits: Float[Tensor, "rows vocab"]
 ) -> Int[Tensor, " rows"]:
-    """The next token of every row of one prompt. A row that has ended says anything."""
+    """The next token of every row of one prompt. A row that has ended says anything. Raises ValueError for NaN."""
+    broken = logits.isnan().any(dim=-1).tolist()  # of which an argmax makes a token all the same
+    if places := [one.place for one, nan in zip(answers, broken, strict=True) if nan and not one.ended]:
+        raise ValueError(f"the logits of (prompt, row) {places} are NaN: no token is the likeliest")
     before = prompt.expand(len(answers), -1)
     if how.choice.processors:
         longest = max(len(answer.tokens) for answer in answers)

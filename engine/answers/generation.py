@@ -66,7 +66,7 @@ def generate(
 
     Returns one string; a list of them for several prompts or several rows; [prompts][rows] for both. Prompts and rows
     are decoded together. Raises as `engine.patch`; ValueError if prompt and answer would exceed the model's context,
-    for steps beyond the answer, and for a config that asks for what rows cannot do.
+    for steps beyond the answer, for a config that asks for what rows cannot do, and where logits turn out to be NaN.
 
     Source: Multimodal Task Vectors (arXiv 2406.15334), section 3.3; its reference code patches "all".
 

@@ -221,6 +221,8 @@ def first_token_hits(
 ) -> Bool[Tensor, "examples rows"]:
     """Whether the likeliest next token is the first token of the answer, for every example and row.
 
+    Raises ValueError for logits that are NaN; else as `engine.patch`.
+
     >>> engine.tasks.first_token_hits(model, [Example("Q: hot\\nA: cold\\n\\nQ: big\\nA:", " small")]).tolist()
     [[True]]
     """
@@ -230,6 +232,9 @@ def first_token_hits(
     for start in range(0, len(examples), AT_ONCE):
         some = slice(start, start + AT_ONCE)
         logits = patch(model, [e.prompt for e in examples[some]], patches, heads=heads, values=values)
+        if logits.isnan().any():  # of which an argmax makes a token all the same
+            broken = (start + logits.isnan().flatten(1).any(dim=1).nonzero().flatten()).tolist()
+            raise ValueError(f"the logits of examples {broken} are NaN: no token is the likeliest")
         target = torch.tensor(targets[some], device=logits.device)
         hits.append(logits.argmax(dim=-1) == target[:, None])
     return torch.cat(hits).cpu()

@@ -281,3 +281,22 @@ def test_unpatched_real_model_answers_as_transformers(smollm2, strategy):
         out = smollm2.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
     want = smollm2.decode(out[0, ids.shape[1] :])
     assert engine.generate(smollm2, prompt, max_new_tokens=12, strategy=strategy) == want
+
+
+@pytest.mark.filterwarnings("ignore:.*no way can be compared")
+@pytest.mark.parametrize("strategy", ["auto", "packed", "batch", "naive"])
+def test_logits_that_are_nan(strategy):
+    """Of a prompt, or of a row whose patch overflows: no token is made of them."""
+    model = models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="broken")
+    s = model.shape
+    with torch.no_grad():
+        model.hf.model.embed_tokens.weight[model.encode("z")[-1]] = torch.nan
+    with pytest.raises(ValueError, match=r"logits of \(prompt, row\) \[\(1, 0\)\] are NaN"):
+        engine.generate(model, ["Q: hot\nA:", "Q: z\nA:"], max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"logits of examples \[1\] are NaN"):
+        engine.evaluate(model, "x", [("Q: hot\nA:", " x"), ("Q: z\nA:", " x")], by="first_token")
+    values = torch.zeros(3, s.n_layers, s.n_heads, s.head_dim)
+    values[1] = 3e38  # W_O overflows
+    heads = torch.ones(3, s.n_layers, s.n_heads, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"logits of \(prompt, row\) \[\(0, 1\)\] are NaN"):
+        engine.generate(model, "Q: hot\nA:", heads=heads, values=values, max_new_tokens=2, strategy=strategy)
