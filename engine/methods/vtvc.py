@@ -118,8 +118,7 @@ def fit(
         at = at[: settings["batch"]].to(h.device)
         for group in adam.param_groups:
             group["lr"] = settings["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-        random = Generator().manual_seed(settings["seed"] * 1_000_003 + step)
-        drawn = made.draw(h[at].to(dtype), random)
+        drawn = made.draw(h[at].to(dtype), _random(settings["seed"], step))
         outputs = weights.forward(model, rows(inputs, at), vectors, drawn.coefficients, blocks=blocks)
         own = loss(outputs, at)
         _check_losses(own, at, step)
@@ -206,7 +205,12 @@ def _read_features(given: Any, samples: int) -> Float[Tensor, "samples features"
 
 
 def _order(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(samples, generator=_random(seed, epoch))
+
+
+def _random(seed: int, at: int) -> Generator:
+    """Of a step, or of an epoch's order. Modulo 2**64, as torch itself takes negative seeds; it refuses larger ones."""
+    return Generator().manual_seed((seed * 1_000_003 + at) % 2**64)
 
 
 def _check_losses(own: Any, at: Tensor, step: int) -> None:

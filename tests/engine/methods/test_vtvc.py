@@ -221,6 +221,23 @@ def test_saved_and_read(setting, kind, tmp_path):
     assert read.metadata["losses"] == made.metadata["losses"]
 
 
+@pytest.mark.parametrize("seed", [2**50, -(2**50), 2**63 - 1, -(2**63), 1_764_491_081_123_456_789])
+def test_any_seed_of_64_bits(setting, seed):
+    base, tuned, x, y = setting
+    vectors = engine.weights.task_vectors(base, *tuned)
+    one, same, other = (
+        engine.vtvc.fit(base, vectors, x, loss_of(y), epochs=1, batch=4, seed=s, progress=False)
+        for s in (seed, seed, seed ^ 1)
+    )
+    assert one.metadata["losses"] == same.metadata["losses"] != other.metadata["losses"]
+
+
+@pytest.mark.parametrize("seed", [0, 7, -7, 9_223_344_366_854, 18_000_000_000_000])
+def test_a_seed_that_torch_takes_draws_what_torch_draws(seed):
+    want = torch.Generator().manual_seed(seed * 1_000_003 + 5)
+    assert torch.equal(engine.vtvc._random(seed, 5).get_state(), want.get_state())
+
+
 def test_zeros_are_exact_and_are_those_below_the_threshold():
     made, h = posterior("gated"), torch.randn(50, 4).double()
     c, mu, sigma = made.coefficients(h), made._of(made.mean, h).detach(), made._sigma(h).detach()
