@@ -19,6 +19,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
@@ -46,7 +47,7 @@ def fit(
     loss: Loss,
     *,
     posterior: Kind = "gated",
-    features: Float[Tensor, "samples features"] | None = None,
+    features: Float[Tensor, "samples features"] | np.ndarray | None = None,
     blocks: Blocks = "parameter",
     constants: Constants | None = None,
     epochs: Integer = 10,

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -98,6 +99,6 @@ def test_files_of_something_else(base, tmp_path):
 
 def test_features_of_another_size():
     made = engine.vtvc.Posterior("gated", ("a",), ("b",), 3, engine.vtvc.Constants())
-    for wrong in (torch.zeros(2, 4), torch.zeros(3), "x"):
+    for wrong in (torch.zeros(2, 4), torch.zeros(3), "x", torch.zeros(2, 3).long(), np.zeros((2, 3), dtype=np.int64)):
         with pytest.raises(ValueError, match=r"\[batch, 3\]"):
             made.coefficients(wrong)

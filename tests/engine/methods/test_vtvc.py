@@ -238,6 +238,20 @@ def test_a_seed_that_torch_takes_draws_what_torch_draws(seed):
     assert torch.equal(engine.vtvc._random(seed, 5).get_state(), want.get_state())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_that_are_fitted_on_are_read_again(kind):
+    """Other dtypes than the posterior's, and numpy's."""
+    torch.manual_seed(0)
+    base, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.randint(2, (6,))
+    vectors = engine.weights.task_vectors(base, nn.Linear(3, 2))
+    h = torch.randn(6, 5).bfloat16().float()
+    options = dict(posterior=kind, epochs=2, progress=False)
+    want = engine.vtvc.fit(base, vectors, x, loss_of(y), features=h, **options).coefficients(h)
+    for other in (h.double(), h.bfloat16(), h.numpy(), h.double().numpy()):
+        made = engine.vtvc.fit(base, vectors, x, loss_of(y), features=other, **options)
+        assert torch.equal(made.coefficients(other), want)
+
+
 def test_zeros_are_exact_and_are_those_below_the_threshold():
     made, h = posterior("gated"), torch.randn(50, 4).double()
     c, mu, sigma = made.coefficients(h), made._of(made.mean, h).detach(), made._sigma(h).detach()
