@@ -77,9 +77,10 @@ def fit(
     checkpoint: a file, written every `checkpoint_every` steps; if it is there, fitting goes on from it, to the same
                 bits as without the break (same machine and threads).
 
-    Returns a `Posterior`: `posterior.coefficients(features)` go to `engine.weights.forward`. Raises ValueError or
-    TypeError, before anything is computed, for what does not fit; ValueError for losses that are not finite, a loss of
-    another shape, a checkpoint of something else; OSError if that cannot be written.
+    Returns a `Posterior`, in the base's dtype, float32 at least: `posterior.coefficients(features)` go to
+    `engine.weights.forward`. Raises ValueError or TypeError, before anything is computed, for what does not fit;
+    ValueError for losses or gradients that are not finite, a loss of another shape, a checkpoint of something else;
+    OSError if that cannot be written.
 
     Source: arXiv 2509.18208; what its abstract leaves open as in public code (`engine.methods.posterior` says which).
 
@@ -99,7 +100,8 @@ def fit(
         raise TypeError(f"loss must be a function of outputs and the samples' places, got {type(loss).__name__}")
     zeros = torch.zeros(len(vectors), len(vectors.blocks(blocks))) if isinstance(vectors, TaskVectors) else None
     read_composition(model, vectors, zeros, blocks, batched=False)
-    samples, dtype = count(model, inputs), next(root_of(model).parameters()).dtype
+    # The posterior is float32 at least: in float16 AdamW's eps, 1e-8, is 0. The forward casts coefficients.
+    samples, dtype = count(model, inputs), torch.promote_types(next(root_of(model).parameters()).dtype, torch.float32)
     h = features_of(model, inputs) if features is None else _read_features(features, samples)
 
     made = Posterior(
@@ -125,7 +127,9 @@ def fit(
         _check_losses(own, at, step)
         adam.zero_grad()
         (own.mean() + sum(drawn.terms.values())).backward()
-        torch.nn.utils.clip_grad_norm_(made.parameters(), settings["clip"])
+        norm = torch.nn.utils.clip_grad_norm_(made.parameters(), settings["clip"])
+        if not norm.isfinite():  # of a finite loss: what the model computes backward in float16 can overflow
+            raise ValueError(f"the gradient is not finite at step {step}: a smaller loss or lr, or a wider dtype")
         adam.step()
         losses.append(own.mean().item())
         if checkpoint is not None and (len(losses) % every == 0 or len(losses) == steps):

@@ -70,6 +70,15 @@ def test_a_loss_of_another_shape_or_not_finite(given):
         engine.vtvc.fit(**given | {"loss": lambda logits, at: torch.where(at == 3, torch.nan, logits.sum(dim=1))})
 
 
+def test_a_gradient_that_overflows(given):
+    base = given["model"].half()
+    vectors = engine.weights.task_vectors(base, nn.Linear(3, 2).half())
+    slopes = torch.full((6, 2), 60000.0).half()  # of a loss that is 0
+    loss = lambda logits, at: ((logits - logits.detach()) * slopes[at] * 6).sum(dim=1)  # noqa: E731
+    with pytest.raises(ValueError, match="gradient is not finite at step 0"):
+        engine.vtvc.fit(**given | dict(vectors=vectors, inputs=given["inputs"].half() * 1000, loss=loss))
+
+
 def test_a_checkpoint_of_something_else(given, tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     engine.vtvc.fit(**given, checkpoint=file)

@@ -252,6 +252,43 @@ def test_features_that_are_fitted_on_are_read_again(kind):
         assert torch.equal(made.coefficients(other), want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_narrow_base_is_fitted_by_a_float32_posterior(setting, kind, dtype, tmp_path):
+    """To the losses of a float32 base of the same weights, within the base's rounding; kept by a file to the bit."""
+    base, tuned, x, y = setting
+    made, losses = {}, {}
+    for one in (dtype, torch.float32):
+        to = lambda thing, one=one: deepcopy(thing).to(dtype).to(one)  # noqa: E731
+        vectors = engine.weights.task_vectors(to(base), *map(to, tuned)).to(dtype=one)
+        h, options = to(x.float()), dict(posterior=kind, epochs=5, batch=4, progress=False)
+        made[one] = engine.vtvc.fit(to(base), vectors, h, loss_of(y), features=h, **options)
+        losses[one] = torch.tensor(made[one].metadata["losses"])
+    fitted = made[dtype]
+    assert {p.dtype for p in fitted.parameters()} == {torch.float32}
+    assert (losses[dtype] - losses[torch.float32]).abs().max() <= 20 * torch.finfo(dtype).eps
+    c, narrow = fitted.coefficients(h), deepcopy(base).to(dtype)
+    assert c.isfinite().all()
+    assert c.any()
+    vectors = engine.weights.task_vectors(narrow, *(deepcopy(one).to(dtype) for one in tuned))
+    composed = engine.weights.forward(narrow, x.to(dtype), vectors, c)
+    assert composed.dtype == dtype
+    fitted.save(tmp_path / "posterior.safetensors")
+    read = engine.vtvc.Posterior.load(tmp_path / "posterior.safetensors")
+    for features in (h, h.to(dtype)):
+        assert torch.equal(read.coefficients(features), c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_narrow_posterior_is_kept_by_a_file(kind, dtype, tmp_path):
+    made, h = posterior(kind).to(dtype), torch.randn(20, 4)
+    made.save(tmp_path / "posterior.safetensors")
+    read = engine.vtvc.Posterior.load(tmp_path / "posterior.safetensors")
+    assert {p.dtype for p in read.parameters()} == {dtype}
+    assert torch.equal(read.coefficients(h), made.coefficients(h))
+
+
 def test_zeros_are_exact_and_are_those_below_the_threshold():
     made, h = posterior("gated"), torch.randn(50, 4).double()
     c, mu, sigma = made.coefficients(h), made._of(made.mean, h).detach(), made._sigma(h).detach()
