@@ -32,6 +32,7 @@ from engine.weights.parameters import Blocks, root_of
 from engine.weights.reading import read_composition, read_inputs
 from engine.weights.vectors import TaskVectors
 from models import Model
+from models.hooks import undisturbed
 from models.reading import read_int, read_seed, read_tensor
 from models.shapes import Float, Integer
 
@@ -62,7 +63,8 @@ def fit(
 ) -> Posterior:
     """Learn the coefficients of task vectors from samples; the base and the vectors stay as they are.
 
-    model:      the base. vectors: of `engine.weights.task_vectors`.
+    model:      the base. It runs as in eval(), whether it trains or not: draws of dropout could not be repeated when
+                fitting goes on. vectors: of `engine.weights.task_vectors`.
     inputs:     of all samples: a tensor, or the model's arguments by name, each [samples, ...].
     loss:       a function of the model's output for a batch, and of these samples' places among all [batch]: a loss in
                 nats for each of them, [batch], with gradients.
@@ -114,7 +116,7 @@ def fit(
         identity["data"] = digest(h, *(vectors.whole(name) for name in vectors.shapes))
     adam = torch.optim.AdamW(made.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
     losses = _resume(made, adam, checkpoint, identity) if checkpoint is not None else []
-    a_pass = -(-samples // settings["batch"])
+    a_pass, parts = -(-samples // settings["batch"]), [*root_of(model).modules()]
     steps = settings["epochs"] * a_pass
     for step in track(range(len(losses), steps), f"VTVC ({posterior}, {samples} samples)", progress):
         at = _order(samples, settings["seed"], step // a_pass)[(step % a_pass) * settings["batch"] :]
@@ -122,7 +124,8 @@ def fit(
         for group in adam.param_groups:
             group["lr"] = settings["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
         drawn = made.draw(h[at].to(dtype), _random(settings["seed"], step))
-        outputs = weights.forward(model, rows(inputs, at), vectors, drawn.coefficients, blocks=blocks)
+        with undisturbed(parts):
+            outputs = weights.forward(model, rows(inputs, at), vectors, drawn.coefficients, blocks=blocks)
         own = loss(outputs, at)
         _check_losses(own, at, step)
         adam.zero_grad()
@@ -142,6 +145,8 @@ def fit(
 def features_of(model: nn.Module | Model, inputs: Any, *, batch: Integer = 128) -> Float[Tensor, "samples features"]:
     """What the base itself gives for each sample, where that is [samples, numbers]: an encoder's pooled output, say.
 
+    The base runs as in eval(), whether it trains or not, so that every call gives the same.
+
     Raises ValueError for a model that gives something else: take its features by hand then.
 
     >>> engine.vtvc.features_of(torch.nn.Linear(2, 3), torch.randn(8, 2)).shape
@@ -150,7 +155,8 @@ def features_of(model: nn.Module | Model, inputs: Any, *, batch: Integer = 128) 
     found = []
     for at in torch.arange(count(model, inputs)).split(read_int(batch, "batch")):
         args, named = read_inputs(model, rows(inputs, at), len(at))
-        answer = root_of(model)(*args, **named)
+        with undisturbed([*root_of(model).modules()]):
+            answer = root_of(model)(*args, **named)
         if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(at):
             got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(f"features are the base's output [samples, numbers], it gives {got}: give features=")

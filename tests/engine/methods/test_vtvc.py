@@ -289,6 +289,55 @@ def test_a_narrow_posterior_is_kept_by_a_file(kind, dtype, tmp_path):
     assert torch.equal(read.coefficients(h), made.coefficients(h))
 
 
+class Noisy(nn.Module):
+    """Dropout, and statistics that a forward in train() changes; one part does not train."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop, self.norm = Network(), nn.Dropout(0.5), nn.BatchNorm1d(4)
+        self.body.norm.eval()
+
+    def forward(self, x):
+        if x.isnan().any():
+            raise ArithmeticError("NaN")
+        return self.norm(self.drop(self.body(x)))
+
+
+@pytest.mark.parametrize("kind", ["gated", "shared"])
+def test_a_base_that_trains_runs_as_in_eval_and_trains_again(kind, tmp_path):
+    torch.manual_seed(0)
+    base, x, y = Noisy(), torch.randn(9, 5), torch.randint(4, (9,))
+    with torch.no_grad():
+        tuned = deepcopy(base)
+        for p in tuned.parameters():
+            p += 0.3 * torch.randn_like(p)
+    vectors = engine.weights.task_vectors(base, tuned)
+    modes, state = [part.training for part in base.modules()], deepcopy(base.state_dict())
+    quiet = deepcopy(base).eval()
+    options = dict(posterior=kind, epochs=3, batch=4, progress=False)
+    want = engine.vtvc.fit(quiet, vectors, x, loss_of(y), **options)
+    assert torch.equal(engine.vtvc.features_of(base, x), engine.vtvc.features_of(quiet, x))
+    calls = []
+
+    def dies(outputs, at):
+        calls.append(at)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss_of(y)(outputs, at)
+
+    file = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        engine.vtvc.fit(base, vectors, x, dies, checkpoint=file, checkpoint_every=2, **options)
+    made = engine.vtvc.fit(base, vectors, x, loss_of(y), checkpoint=file, checkpoint_every=2, **options)
+    assert made.metadata["losses"] == want.metadata["losses"]
+    with pytest.raises(ArithmeticError):
+        engine.vtvc.features_of(base, x * torch.nan)
+    with pytest.raises(ArithmeticError):
+        engine.vtvc.fit(base, vectors, x * torch.nan, loss_of(y), features=x, **options)
+    assert [part.training for part in base.modules()] == modes
+    assert all(torch.equal(now, state[name]) for name, now in base.state_dict().items())
+
+
 def test_zeros_are_exact_and_are_those_below_the_threshold():
     made, h = posterior("gated"), torch.randn(50, 4).double()
     c, mu, sigma = made.coefficients(h), made._of(made.mean, h).detach(), made._sigma(h).detach()
