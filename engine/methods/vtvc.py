@@ -41,6 +41,8 @@ __all__ = ["Constants", "Kind", "Posterior", "features_of", "fit"]
 Loss = Callable[[Any, Tensor], Tensor]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module | Model,
     vectors: TaskVectors,
@@ -102,6 +104,7 @@ def fit(
         raise TypeError(f"loss must be a function of outputs and the samples' places, got {type(loss).__name__}")
     zeros = torch.zeros(len(vectors), len(vectors.blocks(blocks))) if isinstance(vectors, TaskVectors) else None
     read_composition(model, vectors, zeros, blocks, batched=False)
+    _check_recordable(root_of(model), vectors)
     # The posterior is float32 at least: in float16 AdamW's eps, 1e-8, is 0. The forward casts coefficients.
     samples, dtype = count(model, inputs), torch.promote_types(next(root_of(model).parameters()).dtype, torch.float32)
     h = features_of(model, inputs) if features is None else _read_features(features, samples)
@@ -215,6 +218,22 @@ def _read_features(given: Any, samples: int) -> Float[Tensor, "samples features"
     return h.detach()
 
 
+def _weights_of(base: nn.Module) -> dict[str, Tensor]:
+    """What a file of the base would hold: without the tables that forwards grow, which change from call to call."""
+    return {name: x for name, x in base.state_dict().items() if isinstance(x, Tensor)}
+
+
+def _check_recordable(base: nn.Module, vectors: TaskVectors) -> None:
+    """Autograd keeps no tensor of inference mode. Batches of samples are copies; these would be doubled."""
+    added = [*vectors.tensors.values(), *(x for pair in vectors.factors.values() for x in pair)]
+    for what, tensors in (("base", _weights_of(base).values()), ("vectors", added)):
+        if any(x.is_inference() for x in tensors):
+            raise ValueError(
+                f"the {what} came from within torch.inference_mode(), where no gradients are recorded: expected {what} "
+                "made outside it, or under torch.no_grad()"
+            )
+
+
 def _order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=_random(seed, epoch))
 
@@ -228,6 +247,8 @@ def _check_losses(own: Any, at: Tensor, step: int) -> None:
     if not isinstance(own, Tensor) or list(own.shape) != [len(at)] or not own.is_floating_point():
         got = f"{own.dtype} {list(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise ValueError(f"loss must give one number a sample, [{len(at)}], got {got}")
+    if not own.requires_grad:
+        raise ValueError("loss must have gradients, got one without: the loss or the model's forward detaches it")
     if not own.isfinite().all():
         bad = at[(~own.isfinite()).to(at.device)][0].item()
         raise ValueError(f"the loss of sample {bad} is not finite at step {step}: a smaller lr, or look at that sample")

@@ -70,6 +70,25 @@ def test_a_loss_of_another_shape_or_not_finite(given):
         engine.vtvc.fit(**given | {"loss": lambda logits, at: torch.where(at == 3, torch.nan, logits.sum(dim=1))})
 
 
+def test_a_base_or_vectors_of_inference_mode(given, base):
+    with torch.inference_mode():
+        other, vectors = nn.Linear(3, 2), engine.weights.task_vectors(base, deepcopy(base))
+        low = engine.weights.task_vectors(base, nn.Linear(3, 2)).low_rank(1)
+        for wrong, words in (
+            (dict(model=other), "base"),
+            (dict(vectors=vectors), "vectors"),
+            (dict(vectors=low), "vec"),
+        ):
+            with pytest.raises(ValueError, match=rf"the {words}.* from within torch.inference_mode\(\)"):
+                engine.vtvc.fit(**given | wrong)
+
+
+@pytest.mark.parametrize("kind", ["gated", "deterministic"])
+def test_a_loss_without_gradients(given, kind):
+    with pytest.raises(ValueError, match="loss must have gradients"):
+        engine.vtvc.fit(**given | {"loss": lambda logits, at: logits.detach().sum(dim=1)}, posterior=kind)
+
+
 def test_a_gradient_that_overflows(given):
     base = given["model"].half()
     vectors = engine.weights.task_vectors(base, nn.Linear(3, 2).half())

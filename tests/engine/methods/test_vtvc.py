@@ -289,6 +289,31 @@ def test_a_narrow_posterior_is_kept_by_a_file(kind, dtype, tmp_path):
     assert torch.equal(read.coefficients(h), made.coefficients(h))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_it_fits_the_same(setting, kind, mode, tmp_path):
+    """Also samples and features that were made there, and a checkpoint of outside."""
+    base, tuned, x, y = setting
+    vectors = engine.weights.task_vectors(base, *tuned)
+    options = dict(posterior=kind, batch=4, progress=False)
+    want = engine.vtvc.fit(base, vectors, x, loss_of(y), epochs=2, **options)
+    engine.vtvc.fit(base, vectors, x, loss_of(y), epochs=2, checkpoint=tmp_path / "outside.safetensors", **options)
+    with mode():
+        inside, targets = x.clone(), y.clone()
+        one = engine.vtvc.fit(base, vectors, inside, loss_of(targets), epochs=2, **options)
+        h = engine.vtvc.features_of(base, inside)
+        other = engine.vtvc.fit(base, vectors, {"x": inside}, loss_of(targets), features=h, epochs=2, **options)
+        again = engine.vtvc.fit(
+            base, vectors, inside, loss_of(targets), epochs=2, checkpoint=tmp_path / "outside.safetensors", **options
+        )
+        c = other.coefficients(h)
+    assert not torch.is_inference_mode_enabled()
+    for made in (one, other, again):
+        assert made.metadata["losses"] == want.metadata["losses"]
+        assert not any(p.is_inference() for p in made.parameters())
+    assert torch.equal(c, want.coefficients(engine.vtvc.features_of(base, x)))
+
+
 class Noisy(nn.Module):
     """Dropout, and statistics that a forward in train() changes; one part does not train."""
 
