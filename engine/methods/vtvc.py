@@ -13,7 +13,7 @@ coefficient for all samples (aTLAS, arXiv 2407.02880).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from numbers import Real
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from engine import weights
 from engine.artifacts import can_begin, load_tensors, save_tensors, versions
@@ -79,7 +80,8 @@ def fit(
     epochs, batch, lr, weight_decay: of AdamW; the rate falls to 0 by half a cosine, step by step.
     clip:       largest norm of a step's gradient; default none.
     checkpoint: a file, written every `checkpoint_every` steps; if it is there, fitting goes on from it, to the same
-                bits as without the break (same machine and threads).
+                bits as without the break (same machine and threads). It says what it is of: settings, inputs, features,
+                vectors and the base's weights, all but the loss.
 
     Returns a `Posterior`, in the base's dtype, float32 at least: `posterior.coefficients(features)` go to
     `engine.weights.forward`. Raises ValueError or TypeError, before anything is computed, for what does not fit;
@@ -116,7 +118,10 @@ def fit(
     identity = {k: v for k, v in settings.items() if k != "constants"} | asdict(settings["constants"])
     identity |= dict(names=list(vectors.names), of=blocks, samples=samples, base=vectors.base)
     if checkpoint is not None:
-        identity["data"] = digest(h, *(vectors.whole(name) for name in vectors.shapes))
+        # All of the base: a sample of it would miss what changes a few rows, and it is no more than one vector more.
+        identity["data"] = digest(h, *_said(inputs))
+        identity["weights"] = digest(*(x for pair in _weights_of(root_of(model)).items() for x in pair))
+        identity["vectors"] = digest(*(vectors.whole(name) for name in vectors.shapes))
     adam = torch.optim.AdamW(made.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
     losses = _resume(made, adam, checkpoint, identity) if checkpoint is not None else []
     a_pass, parts = -(-samples // settings["batch"]), [*root_of(model).modules()]
@@ -221,6 +226,14 @@ def _read_features(given: Any, samples: int) -> Float[Tensor, "samples features"
 def _weights_of(base: nn.Module) -> dict[str, Tensor]:
     """What a file of the base would hold: without the tables that forwards grow, which change from call to call."""
     return {name: x for name, x in base.state_dict().items() if isinstance(x, Tensor)}
+
+
+def _said(inputs: Any) -> Iterator[Any]:
+    """Inputs, part by part, for a digest; of what is neither numbers nor text its type: no address recurs."""
+    for name, given in sorted(inputs.items()) if isinstance(inputs, Mapping) else [("inputs", inputs)]:
+        yield name
+        for leaf in map(lambda x: read_tensor(x, name), tree_leaves(given)):
+            yield leaf if isinstance(leaf, Tensor | int | float | str | None) else type(leaf).__name__
 
 
 def _check_recordable(base: nn.Module, vectors: TaskVectors) -> None:

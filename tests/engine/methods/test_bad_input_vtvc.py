@@ -98,6 +98,50 @@ def test_a_gradient_that_overflows(given):
         engine.vtvc.fit(**given | dict(vectors=vectors, inputs=given["inputs"].half() * 1000, loss=loss))
 
 
+class Scaled(nn.Module):
+    """A base with tied weights and a buffer, and inputs by name that are not all tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.outer.weight = self.inner.weight
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x, times=1.0, how=None):
+        return self.outer(self.inner(x) * self.scale) * times
+
+
+def test_a_checkpoint_of_other_inputs_or_another_base_where_features_are_given(tmp_path):
+    torch.manual_seed(0)
+    base, x, h = Scaled(), torch.randn(6, 3), torch.randn(6, 2)
+    tuned = deepcopy(base)
+    tuned.inner.weight.data += 1
+    others = [deepcopy(base) for _ in range(2)]
+    others[0].inner.weight.data[1, 2] += 1e-3
+    others[1].scale[0] = 2
+    file = tmp_path / "checkpoint.safetensors"
+    given = dict(
+        model=base, vectors=engine.weights.task_vectors(base, tuned), inputs={"x": x, "times": 2.0, "how": object()},
+        loss=lambda outputs, at: outputs.sum(dim=1), features=h, epochs=1, progress=False, checkpoint=file,
+    )  # fmt: skip
+    made = engine.vtvc.fit(**given)
+    moved = x.clone()
+    moved[3, 1] += 1e-3
+    for wrong, word in (
+        ({"inputs": {"x": moved, "times": 2.0, "how": None}}, "data"),
+        ({"inputs": {"x": x, "times": 3.0, "how": object()}}, "data"),
+        ({"inputs": x}, "data"),
+        ({"features": h + 1}, "data"),
+        ({"model": others[0]}, "weights"),
+        ({"model": others[1]}, "weights"),
+        ({"vectors": given["vectors"] * 2 * 0.75}, "vectors"),
+    ):
+        with pytest.raises(ValueError, match=f"of something else: it has .*'{word}'"):
+            engine.vtvc.fit(**given | wrong)
+    alike = {"model": deepcopy(base), "inputs": {"how": object(), "times": 2.0, "x": x.clone()}}
+    assert engine.vtvc.fit(**given | alike).metadata["losses"] == made.metadata["losses"]
+
+
 def test_a_checkpoint_of_something_else(given, tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     engine.vtvc.fit(**given, checkpoint=file)
