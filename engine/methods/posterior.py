@@ -29,11 +29,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Generator, Tensor, nn
 
 from engine.artifacts import load_tensors, save_tensors
+from models.reading import read_tensor
 from models.shapes import Bool, Float
 
 # gated: the method. spike_and_slab: a network says q, a relaxed Bernoulli multiplies z. gaussian: c = z.
@@ -138,26 +140,32 @@ class Posterior(nn.Module):
         if kind == "gated":
             self.log_psi = nn.Parameter(torch.tensor([constants.psi1, constants.psi2], dtype=dtype).log())
 
-    def coefficients(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch vectors blocks"]:
+    def coefficients(
+        self, features: Float[Tensor, "batch features"] | np.ndarray
+    ) -> Float[Tensor, "batch vectors blocks"]:
         """Of each sample, after training: the mean, where the gate is open, else exactly 0.
 
-        Raises ValueError for features of another size.
+        features: as `engine.vtvc.fit` takes them, in any floating-point dtype; computed in that of the posterior.
+
+        Raises ValueError for features of another size, or that are no floating-point numbers.
 
         >>> vectors = engine.weights.task_vectors(torch.nn.Linear(2, 3), torch.nn.Linear(2, 3))
         >>> posterior = engine.vtvc.Posterior("gated", vectors.names, ("weight", "bias"), 3, engine.vtvc.Constants())
         >>> posterior.coefficients(torch.rand(4, 3)).shape
         torch.Size([4, 1, 2])
         """
-        if not isinstance(features, Tensor) or features.ndim != 2 or features.shape[1] != self.features:
-            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"expected features [batch, {self.features}], got {got}")
+        h = read_tensor(features, "features")
+        if not isinstance(h, Tensor) or not h.is_floating_point() or h.ndim != 2 or h.shape[1] != self.features:
+            got = f"{h.dtype} {list(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(f"expected features, floating-point numbers [batch, {self.features}], got {got}")
         with torch.no_grad():
             if self.kind == "shared":
-                return self.shared.expand(len(features), -1, -1).clone()
-            mu = self._of(self.mean, features)
+                return self.shared.expand(len(h), -1, -1).clone()
+            h = h.to(next(self.parameters()))
+            mu = self._of(self.mean, h)
             if self.kind == "spike_and_slab":
-                return mu * (self._of(self.logit, features) >= 0)
-            return mu * self._passes(mu, self._sigma(features)) if self.kind == "gated" else mu
+                return mu * (self._of(self.logit, h) >= 0)
+            return mu * self._passes(mu, self._sigma(h)) if self.kind == "gated" else mu
 
     def draw(self, features: Float[Tensor, "batch features"], random: Generator) -> Drawn:
         """For a training step, with gradients; of a shared one [vectors, blocks]."""

@@ -13,14 +13,16 @@ coefficient for all samples (aTLAS, arXiv 2407.02880).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from engine import weights
 from engine.artifacts import can_begin, load_tensors, save_tensors, versions
@@ -31,6 +33,7 @@ from engine.weights.parameters import Blocks, root_of
 from engine.weights.reading import read_composition, read_inputs
 from engine.weights.vectors import TaskVectors
 from models import Model
+from models.hooks import undisturbed
 from models.reading import read_int, read_seed, read_tensor
 from models.shapes import Float, Integer
 
@@ -39,6 +42,8 @@ __all__ = ["Constants", "Kind", "Posterior", "features_of", "fit"]
 Loss = Callable[[Any, Tensor], Tensor]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module | Model,
     vectors: TaskVectors,
@@ -46,7 +51,7 @@ def fit(
     loss: Loss,
     *,
     posterior: Kind = "gated",
-    features: Float[Tensor, "samples features"] | None = None,
+    features: Float[Tensor, "samples features"] | np.ndarray | None = None,
     blocks: Blocks = "parameter",
     constants: Constants | None = None,
     epochs: Integer = 10,
@@ -61,7 +66,8 @@ def fit(
 ) -> Posterior:
     """Learn the coefficients of task vectors from samples; the base and the vectors stay as they are.
 
-    model:      the base. vectors: of `engine.weights.task_vectors`.
+    model:      the base. It runs as in eval(), whether it trains or not: draws of dropout could not be repeated when
+                fitting goes on. vectors: of `engine.weights.task_vectors`.
     inputs:     of all samples: a tensor, or the model's arguments by name, each [samples, ...].
     loss:       a function of the model's output for a batch, and of these samples' places among all [batch]: a loss in
                 nats for each of them, [batch], with gradients.
@@ -74,11 +80,13 @@ def fit(
     epochs, batch, lr, weight_decay: of AdamW; the rate falls to 0 by half a cosine, step by step.
     clip:       largest norm of a step's gradient; default none.
     checkpoint: a file, written every `checkpoint_every` steps; if it is there, fitting goes on from it, to the same
-                bits as without the break (same machine and threads).
+                bits as without the break (same machine and threads). It says what it is of: settings, inputs, features,
+                vectors and the base's weights, all but the loss.
 
-    Returns a `Posterior`: `posterior.coefficients(features)` go to `engine.weights.forward`. Raises ValueError or
-    TypeError, before anything is computed, for what does not fit; ValueError for losses that are not finite, a loss of
-    another shape, a checkpoint of something else; OSError if that cannot be written.
+    Returns a `Posterior`, in the base's dtype, float32 at least: `posterior.coefficients(features)` go to
+    `engine.weights.forward`. Raises ValueError or TypeError, before anything is computed, for what does not fit;
+    ValueError for losses or gradients that are not finite, a loss of another shape, a checkpoint of something else;
+    OSError if that cannot be written.
 
     Source: arXiv 2509.18208; what its abstract leaves open as in public code (`engine.methods.posterior` says which).
 
@@ -98,7 +106,9 @@ def fit(
         raise TypeError(f"loss must be a function of outputs and the samples' places, got {type(loss).__name__}")
     zeros = torch.zeros(len(vectors), len(vectors.blocks(blocks))) if isinstance(vectors, TaskVectors) else None
     read_composition(model, vectors, zeros, blocks, batched=False)
-    samples, dtype = count(model, inputs), next(root_of(model).parameters()).dtype
+    _check_recordable(root_of(model), vectors)
+    # The posterior is float32 at least: in float16 AdamW's eps, 1e-8, is 0. The forward casts coefficients.
+    samples, dtype = count(model, inputs), torch.promote_types(next(root_of(model).parameters()).dtype, torch.float32)
     h = features_of(model, inputs) if features is None else _read_features(features, samples)
 
     made = Posterior(
@@ -108,24 +118,29 @@ def fit(
     identity = {k: v for k, v in settings.items() if k != "constants"} | asdict(settings["constants"])
     identity |= dict(names=list(vectors.names), of=blocks, samples=samples, base=vectors.base)
     if checkpoint is not None:
-        identity["data"] = digest(h, *(vectors.whole(name) for name in vectors.shapes))
+        # All of the base: a sample of it would miss what changes a few rows, and it is no more than one vector more.
+        identity["data"] = digest(h, *_said(inputs))
+        identity["weights"] = digest(*(x for pair in _weights_of(root_of(model)).items() for x in pair))
+        identity["vectors"] = digest(*(vectors.whole(name) for name in vectors.shapes))
     adam = torch.optim.AdamW(made.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
     losses = _resume(made, adam, checkpoint, identity) if checkpoint is not None else []
-    a_pass = -(-samples // settings["batch"])
+    a_pass, parts = -(-samples // settings["batch"]), [*root_of(model).modules()]
     steps = settings["epochs"] * a_pass
     for step in track(range(len(losses), steps), f"VTVC ({posterior}, {samples} samples)", progress):
         at = _order(samples, settings["seed"], step // a_pass)[(step % a_pass) * settings["batch"] :]
         at = at[: settings["batch"]].to(h.device)
         for group in adam.param_groups:
             group["lr"] = settings["lr"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-        random = Generator().manual_seed(settings["seed"] * 1_000_003 + step)
-        drawn = made.draw(h[at].to(dtype), random)
-        outputs = weights.forward(model, rows(inputs, at), vectors, drawn.coefficients, blocks=blocks)
+        drawn = made.draw(h[at].to(dtype), _random(settings["seed"], step))
+        with undisturbed(parts):
+            outputs = weights.forward(model, rows(inputs, at), vectors, drawn.coefficients, blocks=blocks)
         own = loss(outputs, at)
         _check_losses(own, at, step)
         adam.zero_grad()
         (own.mean() + sum(drawn.terms.values())).backward()
-        torch.nn.utils.clip_grad_norm_(made.parameters(), settings["clip"])
+        norm = torch.nn.utils.clip_grad_norm_(made.parameters(), settings["clip"])
+        if not norm.isfinite():  # of a finite loss: what the model computes backward in float16 can overflow
+            raise ValueError(f"the gradient is not finite at step {step}: a smaller loss or lr, or a wider dtype")
         adam.step()
         losses.append(own.mean().item())
         if checkpoint is not None and (len(losses) % every == 0 or len(losses) == steps):
@@ -138,6 +153,8 @@ def fit(
 def features_of(model: nn.Module | Model, inputs: Any, *, batch: Integer = 128) -> Float[Tensor, "samples features"]:
     """What the base itself gives for each sample, where that is [samples, numbers]: an encoder's pooled output, say.
 
+    The base runs as in eval(), whether it trains or not, so that every call gives the same.
+
     Raises ValueError for a model that gives something else: take its features by hand then.
 
     >>> engine.vtvc.features_of(torch.nn.Linear(2, 3), torch.randn(8, 2)).shape
@@ -146,7 +163,8 @@ def features_of(model: nn.Module | Model, inputs: Any, *, batch: Integer = 128) 
     found = []
     for at in torch.arange(count(model, inputs)).split(read_int(batch, "batch")):
         args, named = read_inputs(model, rows(inputs, at), len(at))
-        answer = root_of(model)(*args, **named)
+        with undisturbed([*root_of(model).modules()]):
+            answer = root_of(model)(*args, **named)
         if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(at):
             got = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
             raise ValueError(f"features are the base's output [samples, numbers], it gives {got}: give features=")
@@ -205,14 +223,45 @@ def _read_features(given: Any, samples: int) -> Float[Tensor, "samples features"
     return h.detach()
 
 
+def _weights_of(base: nn.Module) -> dict[str, Tensor]:
+    """What a file of the base would hold: without the tables that forwards grow, which change from call to call."""
+    return {name: x for name, x in base.state_dict().items() if isinstance(x, Tensor)}
+
+
+def _said(inputs: Any) -> Iterator[Any]:
+    """Inputs, part by part, for a digest; of what is neither numbers nor text its type: no address recurs."""
+    for name, given in sorted(inputs.items()) if isinstance(inputs, Mapping) else [("inputs", inputs)]:
+        yield name
+        for leaf in map(lambda x: read_tensor(x, name), tree_leaves(given)):
+            yield leaf if isinstance(leaf, Tensor | int | float | str | None) else type(leaf).__name__
+
+
+def _check_recordable(base: nn.Module, vectors: TaskVectors) -> None:
+    """Autograd keeps no tensor of inference mode. Batches of samples are copies; these would be doubled."""
+    added = [*vectors.tensors.values(), *(x for pair in vectors.factors.values() for x in pair)]
+    for what, tensors in (("base", _weights_of(base).values()), ("vectors", added)):
+        if any(x.is_inference() for x in tensors):
+            raise ValueError(
+                f"the {what} came from within torch.inference_mode(), where no gradients are recorded: expected {what} "
+                "made outside it, or under torch.no_grad()"
+            )
+
+
 def _order(samples: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(samples, generator=Generator().manual_seed(seed * 1_000_003 + epoch))
+    return torch.randperm(samples, generator=_random(seed, epoch))
+
+
+def _random(seed: int, at: int) -> Generator:
+    """Of a step, or of an epoch's order. Modulo 2**64, as torch itself takes negative seeds; it refuses larger ones."""
+    return Generator().manual_seed((seed * 1_000_003 + at) % 2**64)
 
 
 def _check_losses(own: Any, at: Tensor, step: int) -> None:
     if not isinstance(own, Tensor) or list(own.shape) != [len(at)] or not own.is_floating_point():
         got = f"{own.dtype} {list(own.shape)}" if isinstance(own, Tensor) else type(own).__name__
         raise ValueError(f"loss must give one number a sample, [{len(at)}], got {got}")
+    if not own.requires_grad:
+        raise ValueError("loss must have gradients, got one without: the loss or the model's forward detaches it")
     if not own.isfinite().all():
         bad = at[(~own.isfinite()).to(at.device)][0].item()
         raise ValueError(f"the loss of sample {bad} is not finite at step {step}: a smaller lr, or look at that sample")

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,6 +70,78 @@ def test_a_loss_of_another_shape_or_not_finite(given):
         engine.vtvc.fit(**given | {"loss": lambda logits, at: torch.where(at == 3, torch.nan, logits.sum(dim=1))})
 
 
+def test_a_base_or_vectors_of_inference_mode(given, base):
+    with torch.inference_mode():
+        other, vectors = nn.Linear(3, 2), engine.weights.task_vectors(base, deepcopy(base))
+        low = engine.weights.task_vectors(base, nn.Linear(3, 2)).low_rank(1)
+        for wrong, words in (
+            (dict(model=other), "base"),
+            (dict(vectors=vectors), "vectors"),
+            (dict(vectors=low), "vec"),
+        ):
+            with pytest.raises(ValueError, match=rf"the {words}.* from within torch.inference_mode\(\)"):
+                engine.vtvc.fit(**given | wrong)
+
+
+@pytest.mark.parametrize("kind", ["gated", "deterministic"])
+def test_a_loss_without_gradients(given, kind):
+    with pytest.raises(ValueError, match="loss must have gradients"):
+        engine.vtvc.fit(**given | {"loss": lambda logits, at: logits.detach().sum(dim=1)}, posterior=kind)
+
+
+def test_a_gradient_that_overflows(given):
+    base = given["model"].half()
+    vectors = engine.weights.task_vectors(base, nn.Linear(3, 2).half())
+    slopes = torch.full((6, 2), 60000.0).half()  # of a loss that is 0
+    loss = lambda logits, at: ((logits - logits.detach()) * slopes[at] * 6).sum(dim=1)  # noqa: E731
+    with pytest.raises(ValueError, match="gradient is not finite at step 0"):
+        engine.vtvc.fit(**given | dict(vectors=vectors, inputs=given["inputs"].half() * 1000, loss=loss))
+
+
+class Scaled(nn.Module):
+    """A base with tied weights and a buffer, and inputs by name that are not all tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.outer.weight = self.inner.weight
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x, times=1.0, how=None):
+        return self.outer(self.inner(x) * self.scale) * times
+
+
+def test_a_checkpoint_of_other_inputs_or_another_base_where_features_are_given(tmp_path):
+    torch.manual_seed(0)
+    base, x, h = Scaled(), torch.randn(6, 3), torch.randn(6, 2)
+    tuned = deepcopy(base)
+    tuned.inner.weight.data += 1
+    others = [deepcopy(base) for _ in range(2)]
+    others[0].inner.weight.data[1, 2] += 1e-3
+    others[1].scale[0] = 2
+    file = tmp_path / "checkpoint.safetensors"
+    given = dict(
+        model=base, vectors=engine.weights.task_vectors(base, tuned), inputs={"x": x, "times": 2.0, "how": object()},
+        loss=lambda outputs, at: outputs.sum(dim=1), features=h, epochs=1, progress=False, checkpoint=file,
+    )  # fmt: skip
+    made = engine.vtvc.fit(**given)
+    moved = x.clone()
+    moved[3, 1] += 1e-3
+    for wrong, word in (
+        ({"inputs": {"x": moved, "times": 2.0, "how": None}}, "data"),
+        ({"inputs": {"x": x, "times": 3.0, "how": object()}}, "data"),
+        ({"inputs": x}, "data"),
+        ({"features": h + 1}, "data"),
+        ({"model": others[0]}, "weights"),
+        ({"model": others[1]}, "weights"),
+        ({"vectors": given["vectors"] * 2 * 0.75}, "vectors"),
+    ):
+        with pytest.raises(ValueError, match=f"of something else: it has .*'{word}'"):
+            engine.vtvc.fit(**given | wrong)
+    alike = {"model": deepcopy(base), "inputs": {"how": object(), "times": 2.0, "x": x.clone()}}
+    assert engine.vtvc.fit(**given | alike).metadata["losses"] == made.metadata["losses"]
+
+
 def test_a_checkpoint_of_something_else(given, tmp_path):
     file = tmp_path / "checkpoint.safetensors"
     engine.vtvc.fit(**given, checkpoint=file)
@@ -98,6 +171,6 @@ def test_files_of_something_else(base, tmp_path):
 
 def test_features_of_another_size():
     made = engine.vtvc.Posterior("gated", ("a",), ("b",), 3, engine.vtvc.Constants())
-    for wrong in (torch.zeros(2, 4), torch.zeros(3), "x"):
+    for wrong in (torch.zeros(2, 4), torch.zeros(3), "x", torch.zeros(2, 3).long(), np.zeros((2, 3), dtype=np.int64)):
         with pytest.raises(ValueError, match=r"\[batch, 3\]"):
             made.coefficients(wrong)

@@ -221,6 +221,148 @@ def test_saved_and_read(setting, kind, tmp_path):
     assert read.metadata["losses"] == made.metadata["losses"]
 
 
+@pytest.mark.parametrize("seed", [2**50, -(2**50), 2**63 - 1, -(2**63), 1_764_491_081_123_456_789])
+def test_any_seed_of_64_bits(setting, seed):
+    base, tuned, x, y = setting
+    vectors = engine.weights.task_vectors(base, *tuned)
+    one, same, other = (
+        engine.vtvc.fit(base, vectors, x, loss_of(y), epochs=1, batch=4, seed=s, progress=False)
+        for s in (seed, seed, seed ^ 1)
+    )
+    assert one.metadata["losses"] == same.metadata["losses"] != other.metadata["losses"]
+
+
+@pytest.mark.parametrize("seed", [0, 7, -7, 9_223_344_366_854, 18_000_000_000_000])
+def test_a_seed_that_torch_takes_draws_what_torch_draws(seed):
+    want = torch.Generator().manual_seed(seed * 1_000_003 + 5)
+    assert torch.equal(engine.vtvc._random(seed, 5).get_state(), want.get_state())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_that_are_fitted_on_are_read_again(kind):
+    """Other dtypes than the posterior's, and numpy's."""
+    torch.manual_seed(0)
+    base, x, y = nn.Linear(3, 2), torch.randn(6, 3), torch.randint(2, (6,))
+    vectors = engine.weights.task_vectors(base, nn.Linear(3, 2))
+    h = torch.randn(6, 5).bfloat16().float()
+    options = dict(posterior=kind, epochs=2, progress=False)
+    want = engine.vtvc.fit(base, vectors, x, loss_of(y), features=h, **options).coefficients(h)
+    for other in (h.double(), h.bfloat16(), h.numpy(), h.double().numpy()):
+        made = engine.vtvc.fit(base, vectors, x, loss_of(y), features=other, **options)
+        assert torch.equal(made.coefficients(other), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_narrow_base_is_fitted_by_a_float32_posterior(setting, kind, dtype, tmp_path):
+    """To the losses of a float32 base of the same weights, within the base's rounding; kept by a file to the bit."""
+    base, tuned, x, y = setting
+    made, losses = {}, {}
+    for one in (dtype, torch.float32):
+        to = lambda thing, one=one: deepcopy(thing).to(dtype).to(one)  # noqa: E731
+        vectors = engine.weights.task_vectors(to(base), *map(to, tuned)).to(dtype=one)
+        h, options = to(x.float()), dict(posterior=kind, epochs=5, batch=4, progress=False)
+        made[one] = engine.vtvc.fit(to(base), vectors, h, loss_of(y), features=h, **options)
+        losses[one] = torch.tensor(made[one].metadata["losses"])
+    fitted = made[dtype]
+    assert {p.dtype for p in fitted.parameters()} == {torch.float32}
+    assert (losses[dtype] - losses[torch.float32]).abs().max() <= 20 * torch.finfo(dtype).eps
+    c, narrow = fitted.coefficients(h), deepcopy(base).to(dtype)
+    assert c.isfinite().all()
+    assert c.any()
+    vectors = engine.weights.task_vectors(narrow, *(deepcopy(one).to(dtype) for one in tuned))
+    composed = engine.weights.forward(narrow, x.to(dtype), vectors, c)
+    assert composed.dtype == dtype
+    fitted.save(tmp_path / "posterior.safetensors")
+    read = engine.vtvc.Posterior.load(tmp_path / "posterior.safetensors")
+    for features in (h, h.to(dtype)):
+        assert torch.equal(read.coefficients(features), c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_narrow_posterior_is_kept_by_a_file(kind, dtype, tmp_path):
+    made, h = posterior(kind).to(dtype), torch.randn(20, 4)
+    made.save(tmp_path / "posterior.safetensors")
+    read = engine.vtvc.Posterior.load(tmp_path / "posterior.safetensors")
+    assert {p.dtype for p in read.parameters()} == {dtype}
+    assert torch.equal(read.coefficients(h), made.coefficients(h))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off_it_fits_the_same(setting, kind, mode, tmp_path):
+    """Also samples and features that were made there, and a checkpoint of outside."""
+    base, tuned, x, y = setting
+    vectors = engine.weights.task_vectors(base, *tuned)
+    options = dict(posterior=kind, batch=4, progress=False)
+    want = engine.vtvc.fit(base, vectors, x, loss_of(y), epochs=2, **options)
+    engine.vtvc.fit(base, vectors, x, loss_of(y), epochs=2, checkpoint=tmp_path / "outside.safetensors", **options)
+    with mode():
+        inside, targets = x.clone(), y.clone()
+        one = engine.vtvc.fit(base, vectors, inside, loss_of(targets), epochs=2, **options)
+        h = engine.vtvc.features_of(base, inside)
+        other = engine.vtvc.fit(base, vectors, {"x": inside}, loss_of(targets), features=h, epochs=2, **options)
+        again = engine.vtvc.fit(
+            base, vectors, inside, loss_of(targets), epochs=2, checkpoint=tmp_path / "outside.safetensors", **options
+        )
+        c = other.coefficients(h)
+    assert not torch.is_inference_mode_enabled()
+    for made in (one, other, again):
+        assert made.metadata["losses"] == want.metadata["losses"]
+        assert not any(p.is_inference() for p in made.parameters())
+    assert torch.equal(c, want.coefficients(engine.vtvc.features_of(base, x)))
+
+
+class Noisy(nn.Module):
+    """Dropout, and statistics that a forward in train() changes; one part does not train."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.drop, self.norm = Network(), nn.Dropout(0.5), nn.BatchNorm1d(4)
+        self.body.norm.eval()
+
+    def forward(self, x):
+        if x.isnan().any():
+            raise ArithmeticError("NaN")
+        return self.norm(self.drop(self.body(x)))
+
+
+@pytest.mark.parametrize("kind", ["gated", "shared"])
+def test_a_base_that_trains_runs_as_in_eval_and_trains_again(kind, tmp_path):
+    torch.manual_seed(0)
+    base, x, y = Noisy(), torch.randn(9, 5), torch.randint(4, (9,))
+    with torch.no_grad():
+        tuned = deepcopy(base)
+        for p in tuned.parameters():
+            p += 0.3 * torch.randn_like(p)
+    vectors = engine.weights.task_vectors(base, tuned)
+    modes, state = [part.training for part in base.modules()], deepcopy(base.state_dict())
+    quiet = deepcopy(base).eval()
+    options = dict(posterior=kind, epochs=3, batch=4, progress=False)
+    want = engine.vtvc.fit(quiet, vectors, x, loss_of(y), **options)
+    assert torch.equal(engine.vtvc.features_of(base, x), engine.vtvc.features_of(quiet, x))
+    calls = []
+
+    def dies(outputs, at):
+        calls.append(at)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss_of(y)(outputs, at)
+
+    file = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        engine.vtvc.fit(base, vectors, x, dies, checkpoint=file, checkpoint_every=2, **options)
+    made = engine.vtvc.fit(base, vectors, x, loss_of(y), checkpoint=file, checkpoint_every=2, **options)
+    assert made.metadata["losses"] == want.metadata["losses"]
+    with pytest.raises(ArithmeticError):
+        engine.vtvc.features_of(base, x * torch.nan)
+    with pytest.raises(ArithmeticError):
+        engine.vtvc.fit(base, vectors, x * torch.nan, loss_of(y), features=x, **options)
+    assert [part.training for part in base.modules()] == modes
+    assert all(torch.equal(now, state[name]) for name, now in base.state_dict().items())
+
+
 def test_zeros_are_exact_and_are_those_below_the_threshold():
     made, h = posterior("gated"), torch.randn(50, 4).double()
     c, mu, sigma = made.coefficients(h), made._of(made.mean, h).detach(), made._sigma(h).detach()
