@@ -33,6 +33,11 @@ PACKED = ("llama", "gpt2", "qwen3")
 KINDS = (*FAMILIES, "unpacked")
 
 
+def quick(names, *kept):
+    """Parameters, of which those that are not kept are marked slow: relatives of others that are tested."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in kept)) for name in names]
+
+
 def pytest_collection_modifyitems(items):
     """The notebook first: the longest test by far would leave one of two processes idle if it were the last."""
     items.sort(key=lambda item: item.path.name != "test_walkthrough.py")

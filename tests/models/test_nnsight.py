@@ -13,6 +13,7 @@ import engine
 import models
 from models import tiny as tiny_models
 from models.nnsight_backend import LEFT, NNsightBackend, from_huggingface, is_nnsight
+from tests.conftest import quick
 from tests.edits import on_z
 
 nnsight = pytest.importorskip("nnsight")
@@ -68,7 +69,7 @@ def state(hf):
     )
 
 
-@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize("family", quick(TEXT, "llama", "gpt2", "gemma2", "falcon"))
 def test_agrees_with_the_plain_backend(pair, draw, random, family):
     """Strategy "naive" is the backend's own naive forward."""
     model, plain = pair(family)

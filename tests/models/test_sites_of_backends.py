@@ -30,19 +30,24 @@ BY_HEAD = {
 }
 
 
+SITES = get_args(models.Site)
+SOME = ("resid_mid", "mlp_act", "k", "scores")  # a part of a block, within a part, within attention
+
+
 @pytest.mark.parametrize(
-    ("family", "backend"),
+    ("family", "backend", "sites"),
     [
-        ("llama", "transformer_lens"),
-        ("gpt2", "nnsight"),
-        pytest.param("gpt2", "transformer_lens", marks=pytest.mark.slow),
-        pytest.param("llama", "nnsight", marks=pytest.mark.slow),
-        pytest.param("gemma2", "transformer_lens", marks=pytest.mark.slow),
-        pytest.param("gemma2", "nnsight", marks=pytest.mark.slow),
+        ("llama", "transformer_lens", SOME),
+        ("gpt2", "nnsight", SOME),
+        *(
+            pytest.param(family, backend, SITES, marks=pytest.mark.slow)
+            for family in ("llama", "gpt2", "gemma2")
+            for backend in ("transformer_lens", "nnsight")
+        ),
     ],
 )
-def test_agree_with_plain(family, backend):
-    found = list(cells(family, backend))
+def test_agree_with_plain(family, backend, sites):
+    found = list(cells(family, backend, sites))
     assert not [cell.site for cell in found if cell.refused]
     assert max(cell.difference for cell in found) <= LIMIT
     assert all("batch" in cell.ran and "naive" in cell.ran for cell in found)

@@ -32,7 +32,7 @@ def alike(got, want, own):
     assert (got.double()[seen] - want[seen]).abs().max() <= sites.LIMIT + 2 * rounding
 
 
-@pytest.mark.parametrize("name", every("llama", "gpt2", "gemma2", "mixtral", "bloom"))
+@pytest.mark.parametrize("name", every("llama", "gemma2", "bloom"))
 def test_captured_at_every_site(families, random, name):
     """All at once, and one by one; at one position and at several."""
     one = families(name)

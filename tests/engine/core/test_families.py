@@ -26,6 +26,7 @@ REFUSED = {  # families that do not go through the attention interface; that are
 
 # Near relatives of others that are looked at.
 RELATIVES = (
+    "qwen3", "mistral",
     "mixtral", "olmo2", "qwen2", "opt", "gpt_neox", "phi3", "falcon_alibi", "gemma3", "llava_onevision", "idefics2",
     "smolvlm", "qwen2_vl", "qwen3_vl", "internvl",
 )  # fmt: skip

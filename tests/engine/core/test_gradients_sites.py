@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 import engine
 from tests import plain, sites
+from tests.conftest import quick
 from tests.sites import Case, draw, prompt
 
 STRATEGIES = ("auto", "packed", "layered", "expanded", "batch", "naive")
@@ -68,7 +69,7 @@ def agrees(grad, slopes, moved):
     torch.testing.assert_close(along, slopes, atol=1e-6 * slopes.abs().max().item(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", quick(("llama", "gpt2"), "llama"))
 @pytest.mark.parametrize(("site", "mode"), KINDS)
 def test_slopes(families, random, name, site, mode):
     """Shared values, and a set a row at two positions."""

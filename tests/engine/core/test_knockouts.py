@@ -76,7 +76,7 @@ def folded(layer, x):
     return x * (0.5 + 0.1 * layer) + 0.1 * x.square().clamp(max=4).mean(-1, keepdim=True)
 
 
-@pytest.mark.parametrize(("name", "site"), having("llama", "gpt2"))
+@pytest.mark.parametrize(("name", "site"), having("llama"))
 def test_edits(families, random, name, site):
     one, ids = families(name), prompt(random)
     function = halved if site in ("scores", "pattern") else folded

@@ -10,6 +10,7 @@ from engine.core.patching import decide, request
 from engine.core.reading import read_patches
 from models import UnsupportedModelError, zoo
 from models.calls import Passing
+from tests.conftest import quick
 
 LIMIT = 1e-5
 FAMILIES = ("llama", "gpt2", "qwen3", "mistral", "gemma2", "opt", "gpt_neox", "phi3", "olmo2")
@@ -28,7 +29,7 @@ def one_head_each(model, rows, random):
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("positions", [-1, [-3, -1]])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "gpt2", "gemma2"))
 def test_equals_naive(tiny, draw, random, family, positions, per_row):
     model = tiny(family)
     heads = one_head_each(model, 9, random)

@@ -173,7 +173,7 @@ def test_auto_never_computes_more_than_naive(model):
         assert plan.strategy in str(plan)
 
 
-@pytest.mark.parametrize("text", ["Q: hot\nA:", "Q: big\nA: small\n\n" * 5 + "Q: hot\nA:", "The capital of France is"])
+@pytest.mark.parametrize("text", ["Q: big\nA: small\n\n" * 2 + "Q: hot\nA:", "The capital of France is"])
 def test_real_model(smollm2, text):
     """On real weights float32 itself is only good to about 1e-4 of a logit (norms amplify rounding): packed rows must
     be as near to float64 as naive ones, and equal to them where rounding plays no part.

@@ -44,7 +44,7 @@ def test_patches_of_one_site_act_in_the_order_given(families, random, name, site
     assert (results[0] - results[-1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", every("llama", "gemma2", "gpt_oss", "bloom"))
+@pytest.mark.parametrize("name", every("llama", "gemma2", "bloom"))
 def test_all_sites_at_once(families, random, name):
     """Whatever the order in which they are given; those of one row hold for all rows."""
     one, ids = families(name), prompt(random)
@@ -138,7 +138,7 @@ def test_on_prefixes(families, random, name):
         Wanted(one, ids, [case], 4).near(engine.patch(one.model, prefix, case.record), site)
 
 
-@pytest.mark.parametrize("name", every("llama", "gemma2"))
+@pytest.mark.parametrize("name", every("llama"))
 def test_after_other_calls(families, random, name):
     """The same results whatever was asked before; and the model is left as it was."""
     one, ids = Family(name), prompt(random)

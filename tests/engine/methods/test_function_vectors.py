@@ -97,6 +97,7 @@ def test_shuffled_demonstrations_keep_their_words():
         assert sorted(one.prompt.split()) == sorted(other.prompt.split())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*several tokens")
 def test_on_the_real_model(smollm2):
     """Past tense: ten heads found on two shuffled prompts, their vector at one layer, on 30 held-out words."""
