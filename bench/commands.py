@@ -125,7 +125,7 @@ def questions(model: str = "smollm2-135m", rounds: int = 3) -> None:
 def circuits(
     model: str = "smollm2-135m",
     seeds: Annotated[int, typer.Option(help="How many, from 0.")] = 3,
-    pairs: Annotated[int, typer.Option(help="To rank on, and as many others to keep circuits on.")] = 10,
+    pairs: Annotated[int, typer.Option(help="To rank on, and as many others to keep circuits on.")] = 5,
 ) -> None:
     """CPR and CMD of circuits of IOI by what ranks their heads, or edges: on pairs that the ranking did not see."""
     result = questions_case.areas(models.load(model), range(seeds), pairs)

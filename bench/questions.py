@@ -21,6 +21,7 @@ from torch import Tensor
 import engine
 from bench.timing import interleaved, ratio
 from engine import tasks
+from engine.progress import track
 from models import Model
 
 PAIRS = 20
@@ -309,7 +310,7 @@ def curve(model: Model, rounds: int = 3) -> dict[str, Any]:
 def areas(model: Model, seeds: Sequence[int] = (0, 1, 2), count: int = PAIRS, steps: int = 5) -> list[dict[str, Any]]:
     """CPR and CMD of rankings of heads, and of edges, of some pairs, on others of the same task."""
     found = []
-    for seed in seeds:
+    for seed in track(list(seeds), f"circuits of {count} pairs, by seed", show=True):
         train, test = Pairs(model, count, seed), Pairs(model, count, seed + 100)
         given, asked = train.asked(range(count)), test.asked(range(count))
         shape = (1, model.shape.n_layers, model.shape.n_heads)
