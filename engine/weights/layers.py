@@ -12,11 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
 
 from engine.weights.kept import Kept
 from engine.weights.products import SAMPLES, Way, product
 from engine.weights.reading import Composition
+from engine.weights.recomputing import again
 from models.shapes import Float, Int
 
 
@@ -147,7 +147,7 @@ def _grouped(
 
     parts = zip(x.split(SAMPLES), c.split(SAMPLES), strict=True)
     if torch.is_grad_enabled() and (x.requires_grad or c.requires_grad):  # nothing merged is kept
-        return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
+        return torch.cat([again(some, *part) for part in parts])
     return torch.cat([some(*part) for part in parts])
 
 

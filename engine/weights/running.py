@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
 from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in
 from engine.weights.layers import LAYERS
@@ -20,6 +19,7 @@ from engine.weights.naive import joined
 from engine.weights.parameters import places, swapped
 from engine.weights.products import SAMPLES, Way
 from engine.weights.reading import Composition
+from engine.weights.recomputing import again
 from models import UnsupportedModelError
 
 
@@ -123,7 +123,7 @@ class Running:
                 leaves[i] = flat[i][b * n : (b + 1) * n] if n else flat[i]
             run = partial(one, self.composition.sample(b), leaves)
             graph = torch.is_grad_enabled()
-            answers.append(checkpoint(run, use_reentrant=False) if graph else run())  # nothing merged is kept
+            answers.append(again(run) if graph else run())  # nothing merged is kept
         return joined(answers)
 
 
