@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.weights.kept import ReadApart
-from engine.weights.looking import layout_of
+from engine.weights.looking import layout_of, widened
 from engine.weights.merging import held
 from engine.weights.parameters import Blocks, root_of
 from engine.weights.products import Way
@@ -77,7 +77,7 @@ def forward(
             try:
                 return run(module, args, named, composition, layout, way)
             except ReadApart as error:
-                layout = layout_of(module, args, named, composition, way, apart=error.name)
+                layout = widened(module, args, named, composition, way, layout, error.name)
 
 
 def _check_way(way: Any, vectors: TaskVectors) -> None:

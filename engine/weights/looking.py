@@ -25,9 +25,12 @@ from engine.weights.parameters import places, swapped
 from engine.weights.products import Way
 from engine.weights.reading import Composition
 from engine.weights.running import Layout, Use, installed, run
+from models import UnsupportedModelError
 
 # By module, and the state that it was seen in.
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, Layout]] = WeakKeyDictionary()
+# What is computed of parameters is looked at once more for each step of it that all samples share.
+SETTLED = 32
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the largest output; narrower dtypes: 0.05
 
 
@@ -84,27 +87,36 @@ class Sighting:
             return forward(*plain(args), **plain(kwargs))
 
 
-def layout_of(module: nn.Module, args: Any, named: Any, composition: Composition, way: Way, apart: str = "") -> Layout:
+def layout_of(module: nn.Module, args: Any, named: Any, composition: Composition, way: Way) -> Layout:
     """What is known of the module in its present state, looked for when it is first met in it.
-
-    apart: a parameter that was not read as was known: a module that holds it runs apart from now on.
 
     Warns if the module cannot be run for many samples at once, and then runs all of it sample by sample.
     """
     state = _state(module, args, named)
     known = _known.setdefault(module, {})
-    before = known.get(state)
-    if before is not None and not apart:
-        return before
-    alone = set(before.apart) if before else set()
-    if apart:
-        alone.add(_next(module, apart, alone))
+    if state not in known:
+        known[state] = _look(module, args, named, composition, set(), way)
+    return known[state]
+
+
+def widened(
+    module: nn.Module, args: Any, named: Any, composition: Composition, way: Way, before: Layout, parameter: str
+) -> Layout:
+    """A layout for a parameter that was not read as that before says: a module more runs apart.
+
+    Raises UnsupportedModelError where all of them do.
+    """
+    if "" in before.apart:
+        said = "expected every tensor that it is given to begin with samples"
+        raise UnsupportedModelError(f"{type(module).__name__} cannot be run sample by sample: {said}")
+    alone = {*before.apart, _next(module, parameter, before.apart)}
     found = _look(module, args, named, composition, alone, way)
-    known[state] = found
+    _known.setdefault(module, {})[_state(module, args, named)] = found
     return found
 
 
 def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: set[str], way: Way) -> Layout:
+    """alone: what runs apart already. Every round but the last few has a module more of them."""
     two, three = (_few(args, named, len(made.coefficients), n) for n in (2, 3))
     shared: set[tuple[str, int]] = set()
     draw = torch.Generator().manual_seed(0)
@@ -112,12 +124,13 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
     small = replace(made, coefficients=c.to(made.coefficients.detach()))
     with _settled(module):
         want = naive.rows(module, three[0], three[1], small)
-        while "" not in alone:
+        unsettled = 0
+        while "" not in alone and unsettled < SETTLED:
             seen = [Sighting(module, count, shared) for count in (2, 3)]
             for sighting, few in zip(seen, (two, three), strict=True):
                 with installed(module, sighting, made.base, alone):
                     module(*few[0], **few[1])
-            layout, failing, more = _compare(*seen)
+            layout, failing, more = _compare(seen[0], seen[1], alone)
             if not failing and more == shared:
                 try:
                     got = run(module, three[0], three[1], small, layout, way)
@@ -129,12 +142,13 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
                         warnings.warn(f"{said} ({why}): each sample is merged and run by itself", stacklevel=4)
                         break
                     return layout
+            unsettled = 0 if failing else unsettled + 1
             alone |= {_next(module, name, alone) for name in failing}
             shared = more
     return Layout(apart={"": (1,) * len(tensors_in(three))})
 
 
-def _compare(two: Sighting, three: Sighting) -> tuple[Layout, set[str], set[tuple[str, int]]]:
+def _compare(two: Sighting, three: Sighting, alone: Collection[str]) -> tuple[Layout, set[str], set[tuple[str, int]]]:
     """The layout, parameters that are read in a way that cannot be told, uses whose operands all samples share."""
     uses: dict[str, tuple[Use, ...]] = {}
     failing: set[str] = set()
@@ -145,7 +159,7 @@ def _compare(two: Sighting, three: Sighting) -> tuple[Layout, set[str], set[tupl
             failing.add(name)
         else:
             uses[name] = tuple(use for use in found if use is not None)
-    apart = {}
+    apart: dict[str, tuple[int, ...]] = dict.fromkeys(alone, ())
     for name in two.given.keys() | three.given.keys():
         rows = _rows(two.given.get(name, ()), three.given.get(name, ()))
         if rows is None or not any(rows):
@@ -181,7 +195,7 @@ def _rows(two: tuple[Glance, ...], three: tuple[Glance, ...]) -> tuple[int, ...]
 
 
 def _next(module: nn.Module, parameter: str, alone: Collection[str]) -> str:
-    """Of the modules around a parameter, the innermost that does not run apart yet."""
+    """Of the modules around a parameter, the innermost that does not run apart yet: the model itself does not."""
     owner = parameter.rpartition(".")[0]
     while owner in alone and owner:
         owner = owner.rpartition(".")[0]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from engine.weights.parameters import Blocks, blocks_of, check_plain, name_of, root_of
 from engine.weights.vectors import TaskVectors
@@ -111,8 +112,9 @@ def read_inputs(model: Any, inputs: Any, batch: int | None) -> tuple[tuple[Any, 
     if "use_cache" in accepted:
         named["use_cache"] = False
     if batch is not None:
-        shapes = {key: x.shape for key, x in {**dict(enumerate(args)), **named}.items() if isinstance(x, Tensor)}
-        wrong = [(key, list(shape)) for key, shape in shapes.items() if not len(shape) or shape[0] != batch]
+        given = {**dict(enumerate(args)), **named}.items()
+        shapes = [(key, list(x.shape)) for key, part in given for x in tree_leaves(part) if isinstance(x, Tensor)]
+        wrong = [(key, shape) for key, shape in shapes if shape[:1] != [batch]]
         if wrong or not shapes:
             got = f"input {wrong[0][0]!r} of shape {wrong[0][1]}" if wrong else "no tensor among the inputs"
             raise ValueError(f"coefficients are of {batch} samples, each a row of every input: got {got}")

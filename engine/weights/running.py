@@ -40,7 +40,8 @@ class Use:
 class Layout:
     """What a model does with its parameters.
 
-    uses:  in order, by parameter. apart: modules that run sample by sample, and the rows of the tensors given to each.
+    uses:  in order, by parameter.
+    apart: modules that run sample by sample, and the rows of the tensors given to each; none if it was not called.
     """
 
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class Running:
         flat, spec = tree_flatten((args, kwargs))
         at = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
         rows = self.layout.apart[name]
-        if len(rows) != len(at) or any(isinstance(flat[i], Kept) for i in at):
+        if not any(rows) or len(rows) != len(at) or any(isinstance(flat[i], Kept) for i in at):
             raise ReadApart(_inside(self.module, name))
         if any(n and flat[i].shape[0] != n * self.batch for i, n in zip(at, rows, strict=True)):
             raise ReadApart(_inside(self.module, name))
