@@ -46,8 +46,10 @@ def forward(
 
     No memory grows with samples times weights. Linear layers, convolutions, embeddings and layer norms have forms of
     their own; what else is small runs under `torch.vmap`, and any other module sample by sample: recurrences,
-    `nn.MultiheadAttention`, experts. Which of these a model needs is found when it is first met, by forwards of two
-    and of three samples, and compared with `engine.weights.naive`; that, and one merge, take one more set of weights.
+    `nn.MultiheadAttention`, experts and whatever else picks rows by data, or writes to its weights. Which of these a
+    model needs is found when it is first met, by forwards of two and of three samples, and compared with
+    `engine.weights.naive`; that, and one merge, take one more set of weights. What Python reads of a tensor and decides
+    by (`.tolist()`, `if x.any()`) is not seen: a model must not choose its samples' rows so for the whole batch.
     Cached keys and values are not kept (`use_cache=False`). One call at a time; other threads must not run the model
     meanwhile.
 

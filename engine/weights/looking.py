@@ -2,7 +2,8 @@
 
 What grows from two to three samples belongs to samples, if the first two have the same in both; what does not grow,
 they share. Where that cannot be told, or a function has no form for many samples, the module of the parameter runs
-sample by sample, or the module around it. Then three samples with weights drawn at random are compared with `naive`.
+sample by sample, or the module around it; so does a module that picks rows by data (`weights.watching`). Then three
+samples with weights drawn at random are compared with `naive`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.weights.parameters import places, swapped
 from engine.weights.products import Way
 from engine.weights.reading import Composition
 from engine.weights.running import Layout, Use, installed, run
+from engine.weights.watching import Watch, watched
 from models import UnsupportedModelError
 
 # By module, and the state that it was seen in.
@@ -62,6 +64,7 @@ class Sighting:
 
     module: nn.Module
     count: int
+    watch: Watch
     shared: Collection[tuple[str, int]]
     uses: dict[str, list[tuple[str, tuple[Glance, ...]]]] = field(default_factory=lambda: defaultdict(list))
     given: dict[str, tuple[Glance, ...]] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Sighting:
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = next(kept_in((args, kwargs))).parameter
         operands = tensors_in((args, kwargs))
+        self.watch.given(plain(operands))
         glances = tuple(Glance.at(x, self.count) for x in operands)  # before: it may write to them
         answer = func(*plain(args), **plain(dict(kwargs)))
         single = isinstance(answer, Tensor)
@@ -79,12 +83,17 @@ class Sighting:
         return Kept.of(self, name, answer, whole=False) if shared else answer
 
     def gate(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.watch.given(plain((args, kwargs)))
         self.given[name] = tuple(Glance.at(x, self.count) for x in tensors_in((args, kwargs)))
         inside = {id(part) for part in self.module.get_submodule(name).modules()}
         found = {key: [one for one in held if id(one[0]) in inside] for key, held in places(self.module).items()}
         own = {key: held[0][0]._parameters[held[0][1]] for key, held in found.items() if held}
         with swapped(found, {key: kept.plain for key, kept in own.items()}):  # type: ignore[union-attr]
-            return forward(*plain(args), **plain(kwargs))
+            self.watch.apart += 1
+            try:
+                return forward(*plain(args), **plain(kwargs))
+            finally:
+                self.watch.apart -= 1
 
 
 def layout_of(module: nn.Module, args: Any, named: Any, composition: Composition, way: Way) -> Layout:
@@ -124,14 +133,16 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
     small = replace(made, coefficients=c.to(made.coefficients.detach()))
     with _settled(module):
         want = naive.rows(module, three[0], three[1], small)
+        copies = {name: p.clone() for name, p in made.base.items()}  # what is looked at may write to them
         unsettled = 0
         while "" not in alone and unsettled < SETTLED:
-            seen = [Sighting(module, count, shared) for count in (2, 3)]
+            seen = [Sighting(module, n, Watch(module, few, copies), shared) for n, few in ((2, two), (3, three))]
             for sighting, few in zip(seen, (two, three), strict=True):
-                with installed(module, sighting, made.base, alone):
+                with installed(module, sighting, copies, alone), watched(sighting.watch, alone):
                     module(*few[0], **few[1])
             layout, failing, more = _compare(seen[0], seen[1], alone)
-            if not failing and more == shared:
+            by_data = {name for sighting in seen for name in sighting.watch.picked | sighting.watch.written}
+            if not failing and not by_data and more == shared:
                 try:
                     got = run(module, three[0], three[1], small, layout, way)
                 except ReadApart as error:
@@ -142,8 +153,8 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
                         warnings.warn(f"{said} ({why}): each sample is merged and run by itself", stacklevel=4)
                         break
                     return layout
-            unsettled = 0 if failing else unsettled + 1
-            alone |= {_next(module, name, alone) for name in failing}
+            unsettled = 0 if failing or by_data else unsettled + 1
+            alone |= {_next(module, name, alone) for name in failing} | by_data
             shared = more
     return Layout(apart={"": (1,) * len(tensors_in(three))})
 

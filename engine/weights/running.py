@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in
+from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in, writes
 from engine.weights.layers import LAYERS
 from engine.weights.naive import joined
 from engine.weights.parameters import places, swapped
@@ -60,6 +60,8 @@ class Running:
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = next(kept_in((args, kwargs))).parameter
         operands = tensors_in((args, kwargs))
+        if writes(func) and isinstance(operands[0], Kept):  # in training alone: it was not looked at
+            raise ReadApart(name)
         if all(isinstance(x, Kept) for x in operands):
             return self._shared(func, args, kwargs, name)
         use = self._use(name, func, operands)
