@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine import weights
+from engine.weights import looking
 from tests.engine.weights.networks import draw, finetuned, off
 from tests.engine.weights.test_forward import found_apart
 
@@ -243,3 +244,53 @@ def test_tables_whose_rows_are_made_shorter(kind, inference):
     with torch.inference_mode(inference):
         against_naive(base, torch.randint(6, (5, 2)))
     assert found_apart(base) == {"0"}
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "said"),
+    [
+        ([NAN, NAN], [1.0, 1.0], "NaN in other places"),
+        ([1.0, 1.0], [1.0, NAN], "NaN in other places"),
+        ([INF, 1.0], [3.0, 1.0], "inf off"),
+        ([INF, 1.0], [-INF, 1.0], "inf off"),
+        ([2.0, 1.0], [2.5, 1.0], "5.0e-01 off"),
+        ([2, 1], [2, 3], "1 other values"),
+        ([True, False], [True, True], "1 other values"),
+        ([1j, 1.0], [1j, 2.0], "1.0e+00 off"),
+        ([2, 1], [2.0, 1.0], "is of torch.int64"),
+        ([NAN, -INF, 1.0], [NAN, -INF, 1.0 + 1e-7], ""),
+        ([1, 2], [1, 2], ""),
+        ([], [], ""),
+    ],
+)
+def test_what_differs(got, want, said):
+    found = looking._differs(torch.tensor(got), torch.tensor(want))
+    assert said in found if said else not found
+
+
+class Chosen(nn.Module):
+    """Its samples see each other, in an answer of integers, or of NaN."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x):
+        y = self.inner(x)
+        beyond = y - 2 * y.mean(dim=0)  # alone: -y
+        return beyond.argmax(dim=1) if self.how == "argmax" else (beyond * y).neg().sqrt() * 0
+
+
+@pytest.mark.parametrize(("how", "said"), [("argmax", "other values"), ("nan", "NaN")])
+def test_integers_and_nan_of_samples_that_see_each_other(how, said):
+    torch.manual_seed(0)
+    base, x = Chosen(how).double(), torch.randn(5, 4, dtype=torch.float64)
+    vectors = weights.task_vectors(base, *finetuned(base, 2))
+    c = draw(vectors, 5)
+    want = weights.naive.forward(base, x, vectors, c)
+    with pytest.warns(UserWarning, match=said):
+        got = weights.forward(base, x, vectors, c)
+    assert torch.equal(got, want)
