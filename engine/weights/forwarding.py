@@ -55,7 +55,8 @@ def forward(
 
     Returns what the model returns. Raises, before anything runs, TypeError or ValueError for what does not fit, batch
     norm that is training, autocast, a way that the vectors do not have; UnsupportedModelError for quantised weights,
-    and for a model that gives one number for the whole batch. Warns if all of a model must run sample by sample.
+    and for a model that gives one number for the whole batch, or whose samples are in none or several dimensions of an
+    output that is not the same for all. Warns if all of a model must run sample by sample.
 
     Source: Knowledge Composition using Task Vectors with Learned Anisotropic Scaling (arXiv 2407.02880), by block; with
     coefficients of each sample's own, Variational Task Vector Composition (arXiv 2509.18208).

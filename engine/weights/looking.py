@@ -59,7 +59,7 @@ class Sighting:
 
     count: samples. shared: uses whose result is known for each sample, like a parameter.
     uses:  by parameter, functions and what they are given; nothing for what is no function of many samples.
-    given: what modules that run apart are given.
+    given: what modules that run apart are given. answered: the shapes of what they answer.
     """
 
     module: nn.Module
@@ -68,6 +68,7 @@ class Sighting:
     shared: Collection[tuple[str, int]]
     uses: dict[str, list[tuple[str, tuple[Glance, ...]]]] = field(default_factory=lambda: defaultdict(list))
     given: dict[str, tuple[Glance, ...]] = field(default_factory=dict)
+    answered: dict[str, list[Any]] = field(default_factory=dict)
 
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = next(kept_in((args, kwargs))).parameter
@@ -91,9 +92,11 @@ class Sighting:
         with swapped(found, {key: kept.plain for key, kept in own.items()}):  # type: ignore[union-attr]
             self.watch.apart += 1
             try:
-                return forward(*plain(args), **plain(kwargs))
+                answer = forward(*plain(args), **plain(kwargs))
             finally:
                 self.watch.apart -= 1
+        self.answered[name] = naive.shapes(answer)
+        return answer
 
 
 def layout_of(module: nn.Module, args: Any, named: Any, composition: Composition, way: Way) -> Layout:
@@ -156,7 +159,8 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
             unsettled = 0 if failing or by_data else unsettled + 1
             alone |= {_next(module, name, alone) for name in failing} | by_data
             shared = more
-    return Layout(apart={"": (1,) * len(tensors_in(three))})
+        dims = naive.dims(module, three[0], three[1], small)
+    return Layout(apart={"": (1,) * len(tensors_in(three))}, dims={"": dims})
 
 
 def _compare(two: Sighting, three: Sighting, alone: Collection[str]) -> tuple[Layout, set[str], set[tuple[str, int]]]:
@@ -171,14 +175,17 @@ def _compare(two: Sighting, three: Sighting, alone: Collection[str]) -> tuple[La
         else:
             uses[name] = tuple(use for use in found if use is not None)
     apart: dict[str, tuple[int, ...]] = dict.fromkeys(alone, ())
+    dims: dict[str, naive.Dims] = {}
     for name in two.given.keys() | three.given.keys():
         rows = _rows(two.given.get(name, ()), three.given.get(name, ()))
-        if rows is None or not any(rows):
+        of = naive.grown(two.answered.get(name, ()), three.answered.get(name, ()), 2, 3)
+        tensors = [shape is not None for shape in two.answered.get(name, ())]
+        if rows is None or not any(rows) or of is None or any(x and d < 0 for x, d in zip(tensors, of, strict=True)):
             failing.add(_some_parameter(two.module, name))
         else:
-            apart[name] = rows
+            apart[name], dims[name] = rows, of
     shared = {(name, at) for name, of in uses.items() for at, use in enumerate(of) if use.shared}
-    return Layout(uses, apart), failing, shared
+    return Layout(uses, apart, dims), failing, shared
 
 
 def _use(two: tuple[str, tuple[Glance, ...]], three: tuple[str, tuple[Glance, ...]]) -> Use | None:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in, writes
 from engine.weights.layers import LAYERS
-from engine.weights.naive import joined
+from engine.weights.naive import Dims, joined
 from engine.weights.parameters import places, swapped
 from engine.weights.products import SAMPLES, Way
 from engine.weights.reading import Composition
@@ -42,10 +42,12 @@ class Layout:
 
     uses:  in order, by parameter.
     apart: modules that run sample by sample, and the rows of the tensors given to each; none if it was not called.
+    dims:  which dimension of each of their outputs is samples.
     """
 
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
     apart: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dims: Mapping[str, Dims] = field(default_factory=dict)
 
 
 class Running:
@@ -127,7 +129,7 @@ class Running:
             run = partial(one, self.composition.sample(b), leaves)
             graph = torch.is_grad_enabled()
             answers.append(again(run) if graph else run())  # nothing merged is kept
-        return joined(answers)
+        return joined(answers, self.layout.dims[name])
 
 
 class Reading:
