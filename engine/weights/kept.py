@@ -91,7 +91,7 @@ class Kept(Tensor):
 
 def turns(func: Any, args: Any) -> bool:
     """Whether a function transposes a parameter that is a matrix."""
-    if not isinstance(args[0], Kept) or not args[0].whole or args[0].ndim != 2:
+    if not args or not isinstance(args[0], Kept) or not args[0].whole or args[0].ndim != 2:
         return False
     name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
     return name in ("T", "mT", "t") or (name == "transpose" and sorted(at % 2 for at in args[1:]) == [0, 1])

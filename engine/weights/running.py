@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in, writes
-from engine.weights.layers import LAYERS
+from engine.weights.layers import LAYERS, NAMES
 from engine.weights.naive import Dims, joined
 from engine.weights.parameters import places, swapped
 from engine.weights.products import SAMPLES, Way
@@ -71,7 +71,7 @@ class Running:
         if func not in LAYERS and use.shared:
             return self._shared(func, args, kwargs, name)
         read = Reading(self, rows)
-        y = LAYERS[func](read, *args, **kwargs) if func in LAYERS else NotImplemented
+        y = LAYERS[func](read, *args, **kwargs) if func in LAYERS and kwargs.keys() <= NAMES[func] else NotImplemented
         if y is NotImplemented:
             y = read.mapped(func, args, kwargs, name)
         if use.shared:
