@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.weights.parameters import Blocks, blocks_of, check_plain, name_of, root_of
 from engine.weights.vectors import TaskVectors
@@ -101,7 +102,8 @@ def read_inputs(model: Any, inputs: Any, batch: int | None) -> tuple[tuple[Any, 
     if isinstance(inputs, Tensor):
         args, named = (inputs,), {}
     elif isinstance(inputs, Mapping) and inputs and all(isinstance(key, str) for key in inputs):
-        args, named = (), dict(inputs)
+        args = ()
+        named = {k: tree_map_only(np.ndarray, partial(read_tensor, what=f"input {k!r}"), x) for k, x in inputs.items()}
     else:
         raise TypeError(
             f"inputs must be a tensor, or the forward's arguments by name, got {type(inputs).__name__}: {inputs!r:.80}"
