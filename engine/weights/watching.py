@@ -28,6 +28,8 @@ class Watch(TorchDispatchMode):
     picked:  modules whose pick of rows was given to a parameter. written: modules that wrote to a parameter.
     """
 
+    supports_higher_order_operators = True  # flex attention, say: rows stay
+
     def __init__(self, module: nn.Module, inputs: Any, parameters: Any):
         super().__init__()
         self.module = module
@@ -42,16 +44,14 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         answer = func(*args, **kwargs)
         here = set() if self.apart else {self.on[-1] if self.on else ""}
-        asked = func._schema.arguments
+        asked = func._schema.arguments if isinstance(func, torch._ops.OpOverload) else ()
         given = {one.name: args[i] if i < len(args) else kwargs.get(one.name) for i, one in enumerate(asked)}
         changed = [given[one.name] for one in asked if one.alias_info is not None and one.alias_info.is_write]
         if self.parameters.intersection(_memory(changed)):
             self.written |= here
         found = [self.by[key] for key in _memory((args, kwargs)) if key in self.by]
         if found:
-            name = func.overloadpacket.__name__.strip("_")
-            picked = here if torch.Tag.dynamic_output_shape in func.tags and name != "index" else set()
-            picked = here if func.namespace == "aten" and self._by_data(name, given) else picked
+            picked = here if asked and self._by_data(func, given) else set()
             for key in _memory((answer, changed)):
                 self.by[key] = frozenset(picked).union(self.by.get(key, ()), *found)
         return answer
@@ -63,9 +63,10 @@ class Watch(TorchDispatchMode):
         """To a parameter, or to a module that runs apart."""
         self.picked |= {name for key in _memory(x) if key in self.by for name in self.by[key]}
 
-    def _by_data(self, name: str, given: Mapping[str, Any]) -> bool:
+    def _by_data(self, func: Any, given: Mapping[str, Any]) -> bool:
         """Whether rows (the first dimension) are picked, placed or put in order by what was computed of inputs."""
         x, index = given.get("self"), given.get("index")
+        name = func.overloadpacket.__name__.strip("_") if func.namespace == "aten" else ""
         if name in ("index", "unsafe_index", "index_put", "unsafe_index_put", "index_put_impl"):
             first = given["indices"][0]
             if first is None or not self.known(first):
@@ -80,7 +81,7 @@ class Watch(TorchDispatchMode):
         if name in ("sort", "topk", "msort"):
             dim = given.get("dim")
             return name == "msort" or _first(x, -1 if dim is None else dim)
-        return name == "pack_padded_sequence"
+        return name == "pack_padded_sequence" or torch.Tag.dynamic_output_shape in func.tags
 
 
 def _first(x: Any, dim: int) -> bool:

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from engine import weights
 from engine.weights import looking
@@ -204,6 +205,27 @@ def test_what_data_may_pick():
     torch.manual_seed(0)
     base = Harmless().double()
     against_naive(base, torch.randint(5, (6, 3)))
+    assert found_apart(base) == set()
+
+
+class Flexible(nn.Module):
+    """Its attention is one operator of higher order."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        q = self.inner(x)[:, None]
+        return self.outer(flex_attention(q, x[:, None], q)[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_operators_of_higher_order():
+    torch.manual_seed(0)
+    base = Flexible().double()
+    with torch.no_grad():
+        against_naive(base, torch.randn(5, 8, 16, dtype=torch.float64))
     assert found_apart(base) == set()
 
 
