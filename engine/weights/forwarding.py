@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.weights.kept import ReadApart
-from engine.weights.looking import layout_of
+from engine.weights.looking import layout_of, widened
 from engine.weights.merging import held
 from engine.weights.parameters import Blocks, root_of
 from engine.weights.products import Way
@@ -46,14 +46,17 @@ def forward(
 
     No memory grows with samples times weights. Linear layers, convolutions, embeddings and layer norms have forms of
     their own; what else is small runs under `torch.vmap`, and any other module sample by sample: recurrences,
-    `nn.MultiheadAttention`, experts. Which of these a model needs is found when it is first met, by forwards of two
-    and of three samples, and compared with `engine.weights.naive`; that, and one merge, take one more set of weights.
+    `nn.MultiheadAttention`, experts and whatever else picks rows by data, or writes to its weights. Which of these a
+    model needs is found when it is first met, by forwards of two and of three samples, and compared with
+    `engine.weights.naive`; that, and one merge, take one more set of weights. What Python reads of a tensor and decides
+    by (`.tolist()`, `if x.any()`) is not seen: a model must not choose its samples' rows so for the whole batch.
     Cached keys and values are not kept (`use_cache=False`). One call at a time; other threads must not run the model
     meanwhile.
 
     Returns what the model returns. Raises, before anything runs, TypeError or ValueError for what does not fit, batch
     norm that is training, autocast, a way that the vectors do not have; UnsupportedModelError for quantised weights,
-    and for a model that gives one number for the whole batch. Warns if all of a model must run sample by sample.
+    and for a model that gives one number for the whole batch, or whose samples are in none or several dimensions of an
+    output that is not the same for all. Warns if all of a model must run sample by sample.
 
     Source: Knowledge Composition using Task Vectors with Learned Anisotropic Scaling (arXiv 2407.02880), by block; with
     coefficients of each sample's own, Variational Task Vector Composition (arXiv 2509.18208).
@@ -77,7 +80,7 @@ def forward(
             try:
                 return run(module, args, named, composition, layout, way)
             except ReadApart as error:
-                layout = layout_of(module, args, named, composition, way, apart=error.name)
+                layout = widened(module, args, named, composition, way, layout, error.name)
 
 
 def _check_way(way: Any, vectors: TaskVectors) -> None:

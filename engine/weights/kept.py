@@ -31,6 +31,13 @@ ASKED = {
 }
 
 
+# Of `__iadd__` and its like.
+INPLACE = {
+    *("iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+}
+
+
 class ReadApart(Exception):  # noqa: N818
     """A parameter was read in a way that is not known for many samples at once: its module runs sample by sample."""
 
@@ -84,7 +91,7 @@ class Kept(Tensor):
 
 def turns(func: Any, args: Any) -> bool:
     """Whether a function transposes a parameter that is a matrix."""
-    if not isinstance(args[0], Kept) or not args[0].whole or args[0].ndim != 2:
+    if not args or not isinstance(args[0], Kept) or not args[0].whole or args[0].ndim != 2:
         return False
     name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
     return name in ("T", "mT", "t") or (name == "transpose" and sorted(at % 2 for at in args[1:]) == [0, 1])
@@ -94,6 +101,13 @@ def asks(func: Any) -> bool:
     """Whether a function asks what is the same for all samples: a dtype, a size."""
     name = func.__name__
     return (func.__self__.__name__ if name == "__get__" else name) in ASKED
+
+
+def writes(func: Any) -> bool:
+    """Whether a function writes to its first operand, by torch's names: `clamp_`, `__setitem__`, `__iadd__`."""
+    name = func.__name__
+    inner = name.strip("_")
+    return name == "__set__" or inner == "setitem" or name == f"{inner}_" or (name[:3] == "__i" and inner in INPLACE)
 
 
 def tensors_in(given: Any) -> list[Tensor]:

@@ -7,16 +7,18 @@ way that is not (NotImplemented), runs under `torch.vmap`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
 
 from engine.weights.kept import Kept
 from engine.weights.products import SAMPLES, Way, product
 from engine.weights.reading import Composition
+from engine.weights.recomputing import again
 from models.shapes import Float, Int
 
 
@@ -32,17 +34,17 @@ class Read(Protocol):
         ...
 
 
-def linear(read: Read, x: Any, weight: Any, bias: Any = None) -> Any:
-    return _multiply(read, x, weight, bias, rows_in=False)
+def linear(read: Read, input: Any, weight: Any, bias: Any = None) -> Any:
+    return _multiply(read, input, weight, bias, rows_in=False)
 
 
-def addmm(read: Read, bias: Any, x: Any, weight: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
+def addmm(read: Read, input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     """The `Conv1D` of transformers."""
-    return _multiply(read, x, weight, bias, rows_in=True) if (beta, alpha) == (1, 1) else NotImplemented
+    return _multiply(read, mat1, mat2, input, rows_in=True) if (beta, alpha) == (1, 1) else NotImplemented
 
 
-def matmul(read: Read, x: Any, weight: Any) -> Any:
-    return _multiply(read, x, weight, None, rows_in=True)
+def matmul(read: Read, input: Any, other: Any) -> Any:
+    return _multiply(read, input, other, None, rows_in=True)
 
 
 def _multiply(read: Read, x: Any, weight: Any, bias: Any, rows_in: bool) -> Any:
@@ -61,7 +63,7 @@ def _multiply(read: Read, x: Any, weight: Any, bias: Any, rows_in: bool) -> Any:
 
 def embedding(
     read: Read,
-    ids: Int[Tensor, "*places"],
+    input: Int[Tensor, "*places"],
     weight: Any,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -72,7 +74,7 @@ def embedding(
     """[batch, *places, width]: rows of the table, and of its vectors; no table is merged."""
     if not _whole(weight) or weight.turned or max_norm is not None:
         return NotImplemented
-    each, made, name = read.samples(ids), read.composition, weight.parameter
+    each, made, name = read.samples(input), read.composition, weight.parameter
     c, y = made.of(name), made.base[name][each]
     for t in range(len(made.vectors)):
         share = c[:, t].view(-1, *(1 for _ in y.shape[1:]))
@@ -84,11 +86,13 @@ def embedding(
     return y
 
 
-def layer_norm(read: Read, x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+def layer_norm(
+    read: Read, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Any:
     """[batch, *places, *shape]"""
     if not (isinstance(weight, Kept) and isinstance(bias, Kept)):
         return NotImplemented
-    normed = F.layer_norm(read.samples(x), shape, None, None, eps)
+    normed = F.layer_norm(read.samples(input), normalized_shape, None, None, eps)
     w, b = (
         read.samples(p).view(len(normed), *(1 for _ in normed.shape[1 + p.ndim :]), *p.shape) for p in (weight, bias)
     )
@@ -99,7 +103,7 @@ def layer_norm(read: Read, x: Any, shape: Any, weight: Any = None, bias: Any = N
 def conv(
     function: Callable[..., Tensor],
     read: Read,
-    x: Any,
+    input: Any,
     weight: Any,
     bias: Any = None,
     stride: Any = 1,
@@ -108,9 +112,9 @@ def conv(
     groups: int = 1,
 ) -> Any:
     """[batch, rows, out, *space]: samples as groups of channels; where patches do not overlap, one product."""
-    if not _whole(weight) or x.ndim != weight.ndim or x.dtype != weight.dtype:
+    if not _whole(weight) or input.ndim != weight.ndim or input.dtype != weight.dtype:
         return NotImplemented
-    each, made, name = read.samples(x), read.composition, weight.parameter
+    each, made, name = read.samples(input), read.composition, weight.parameter
     size = tuple(weight.shape[2:])
     if _all(stride, size) == size and _all(padding, size) == (0,) * len(size) == _none(dilation, size) and groups == 1:
         patches = _patches(each, size)
@@ -147,7 +151,7 @@ def _grouped(
 
     parts = zip(x.split(SAMPLES), c.split(SAMPLES), strict=True)
     if torch.is_grad_enabled() and (x.requires_grad or c.requires_grad):  # nothing merged is kept
-        return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
+        return torch.cat([again(some, *part) for part in parts])
     return torch.cat([some(*part) for part in parts])
 
 
@@ -168,7 +172,7 @@ def _whole(weight: Any) -> bool:
     return isinstance(weight, Kept) and weight.whole
 
 
-# What torch is asked for, to what is done instead: function(read, *args, **kwargs).
+# What torch is asked for, to what is done instead: function(read, *args, **kwargs), by torch's names of them.
 LAYERS: dict[Any, Callable[..., Any]] = {
     F.linear: linear,
     torch.addmm: addmm,
@@ -176,7 +180,8 @@ LAYERS: dict[Any, Callable[..., Any]] = {
     Tensor.matmul: matmul,
     F.embedding: embedding,
     F.layer_norm: layer_norm,
-    torch.conv1d: lambda *args, **kwargs: conv(torch.conv1d, *args, **kwargs),
-    torch.conv2d: lambda *args, **kwargs: conv(torch.conv2d, *args, **kwargs),
-    torch.conv3d: lambda *args, **kwargs: conv(torch.conv3d, *args, **kwargs),
+    torch.conv1d: partial(conv, torch.conv1d),
+    torch.conv2d: partial(conv, torch.conv2d),
+    torch.conv3d: partial(conv, torch.conv3d),
 }
+NAMES = {function: frozenset(signature(form).parameters) for function, form in LAYERS.items()}

@@ -2,7 +2,8 @@
 
 What grows from two to three samples belongs to samples, if the first two have the same in both; what does not grow,
 they share. Where that cannot be told, or a function has no form for many samples, the module of the parameter runs
-sample by sample, or the module around it. Then three samples with weights drawn at random are compared with `naive`.
+sample by sample, or the module around it; so does a module that picks rows by data (`weights.watching`). Then three
+samples with weights drawn at random are compared with `naive`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ from engine.weights.parameters import places, swapped
 from engine.weights.products import Way
 from engine.weights.reading import Composition
 from engine.weights.running import Layout, Use, installed, run
+from engine.weights.watching import Watch, watched
+from models import UnsupportedModelError
 
 # By module, and the state that it was seen in.
 _known: WeakKeyDictionary[nn.Module, dict[Hashable, Layout]] = WeakKeyDictionary()
+# What is computed of parameters is looked at once more for each step of it that all samples share.
+SETTLED = 32
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}  # of the largest output; narrower dtypes: 0.05
 
 
@@ -54,18 +59,21 @@ class Sighting:
 
     count: samples. shared: uses whose result is known for each sample, like a parameter.
     uses:  by parameter, functions and what they are given; nothing for what is no function of many samples.
-    given: what modules that run apart are given.
+    given: what modules that run apart are given. answered: the shapes of what they answer.
     """
 
     module: nn.Module
     count: int
+    watch: Watch
     shared: Collection[tuple[str, int]]
     uses: dict[str, list[tuple[str, tuple[Glance, ...]]]] = field(default_factory=lambda: defaultdict(list))
     given: dict[str, tuple[Glance, ...]] = field(default_factory=dict)
+    answered: dict[str, list[Any]] = field(default_factory=dict)
 
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = next(kept_in((args, kwargs))).parameter
         operands = tensors_in((args, kwargs))
+        self.watch.given(plain(operands))
         glances = tuple(Glance.at(x, self.count) for x in operands)  # before: it may write to them
         answer = func(*plain(args), **plain(dict(kwargs)))
         single = isinstance(answer, Tensor)
@@ -76,35 +84,51 @@ class Sighting:
         return Kept.of(self, name, answer, whole=False) if shared else answer
 
     def gate(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.watch.given(plain((args, kwargs)))
         self.given[name] = tuple(Glance.at(x, self.count) for x in tensors_in((args, kwargs)))
         inside = {id(part) for part in self.module.get_submodule(name).modules()}
         found = {key: [one for one in held if id(one[0]) in inside] for key, held in places(self.module).items()}
         own = {key: held[0][0]._parameters[held[0][1]] for key, held in found.items() if held}
         with swapped(found, {key: kept.plain for key, kept in own.items()}):  # type: ignore[union-attr]
-            return forward(*plain(args), **plain(kwargs))
+            self.watch.apart += 1
+            try:
+                answer = forward(*plain(args), **plain(kwargs))
+            finally:
+                self.watch.apart -= 1
+        self.answered[name] = naive.shapes(answer)
+        return answer
 
 
-def layout_of(module: nn.Module, args: Any, named: Any, composition: Composition, way: Way, apart: str = "") -> Layout:
+def layout_of(module: nn.Module, args: Any, named: Any, composition: Composition, way: Way) -> Layout:
     """What is known of the module in its present state, looked for when it is first met in it.
-
-    apart: a parameter that was not read as was known: a module that holds it runs apart from now on.
 
     Warns if the module cannot be run for many samples at once, and then runs all of it sample by sample.
     """
     state = _state(module, args, named)
     known = _known.setdefault(module, {})
-    before = known.get(state)
-    if before is not None and not apart:
-        return before
-    alone = set(before.apart) if before else set()
-    if apart:
-        alone.add(_next(module, apart, alone))
+    if state not in known:
+        known[state] = _look(module, args, named, composition, set(), way)
+    return known[state]
+
+
+def widened(
+    module: nn.Module, args: Any, named: Any, composition: Composition, way: Way, before: Layout, parameter: str
+) -> Layout:
+    """A layout for a parameter that was not read as that before says: a module more runs apart.
+
+    Raises UnsupportedModelError where all of them do.
+    """
+    if "" in before.apart:
+        said = "expected every tensor that it is given to begin with samples"
+        raise UnsupportedModelError(f"{type(module).__name__} cannot be run sample by sample: {said}")
+    alone = {*before.apart, _next(module, parameter, before.apart)}
     found = _look(module, args, named, composition, alone, way)
-    known[state] = found
+    _known.setdefault(module, {})[_state(module, args, named)] = found
     return found
 
 
 def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: set[str], way: Way) -> Layout:
+    """alone: what runs apart already. Every round but the last few has a module more of them."""
     two, three = (_few(args, named, len(made.coefficients), n) for n in (2, 3))
     shared: set[tuple[str, int]] = set()
     draw = torch.Generator().manual_seed(0)
@@ -112,13 +136,16 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
     small = replace(made, coefficients=c.to(made.coefficients.detach()))
     with _settled(module):
         want = naive.rows(module, three[0], three[1], small)
-        while "" not in alone:
-            seen = [Sighting(module, count, shared) for count in (2, 3)]
+        copies = {name: p.clone() for name, p in made.base.items()}  # what is looked at may write to them
+        unsettled = 0
+        while "" not in alone and unsettled < SETTLED:
+            seen = [Sighting(module, n, Watch(module, few, copies), shared) for n, few in ((2, two), (3, three))]
             for sighting, few in zip(seen, (two, three), strict=True):
-                with installed(module, sighting, made.base, alone):
+                with installed(module, sighting, copies, alone), watched(sighting.watch, alone):
                     module(*few[0], **few[1])
-            layout, failing, more = _compare(*seen)
-            if not failing and more == shared:
+            layout, failing, more = _compare(seen[0], seen[1], alone)
+            by_data = {name for sighting in seen for name in sighting.watch.picked | sighting.watch.written}
+            if not failing and not by_data and more == shared:
                 try:
                     got = run(module, three[0], three[1], small, layout, way)
                 except ReadApart as error:
@@ -129,12 +156,14 @@ def _look(module: nn.Module, args: Any, named: Any, made: Composition, alone: se
                         warnings.warn(f"{said} ({why}): each sample is merged and run by itself", stacklevel=4)
                         break
                     return layout
-            alone |= {_next(module, name, alone) for name in failing}
+            unsettled = 0 if failing or by_data else unsettled + 1
+            alone |= {_next(module, name, alone) for name in failing} | by_data
             shared = more
-    return Layout(apart={"": (1,) * len(tensors_in(three))})
+        dims = naive.dims(module, three[0], three[1], small)
+    return Layout(apart={"": (1,) * len(tensors_in(three))}, dims={"": dims})
 
 
-def _compare(two: Sighting, three: Sighting) -> tuple[Layout, set[str], set[tuple[str, int]]]:
+def _compare(two: Sighting, three: Sighting, alone: Collection[str]) -> tuple[Layout, set[str], set[tuple[str, int]]]:
     """The layout, parameters that are read in a way that cannot be told, uses whose operands all samples share."""
     uses: dict[str, tuple[Use, ...]] = {}
     failing: set[str] = set()
@@ -145,15 +174,18 @@ def _compare(two: Sighting, three: Sighting) -> tuple[Layout, set[str], set[tupl
             failing.add(name)
         else:
             uses[name] = tuple(use for use in found if use is not None)
-    apart = {}
+    apart: dict[str, tuple[int, ...]] = dict.fromkeys(alone, ())
+    dims: dict[str, naive.Dims] = {}
     for name in two.given.keys() | three.given.keys():
         rows = _rows(two.given.get(name, ()), three.given.get(name, ()))
-        if rows is None or not any(rows):
+        of = naive.grown(two.answered.get(name, ()), three.answered.get(name, ()), 2, 3)
+        tensors = [shape is not None for shape in two.answered.get(name, ())]
+        if rows is None or not any(rows) or of is None or any(x and d < 0 for x, d in zip(tensors, of, strict=True)):
             failing.add(_some_parameter(two.module, name))
         else:
-            apart[name] = rows
+            apart[name], dims[name] = rows, of
     shared = {(name, at) for name, of in uses.items() for at, use in enumerate(of) if use.shared}
-    return Layout(uses, apart), failing, shared
+    return Layout(uses, apart, dims), failing, shared
 
 
 def _use(two: tuple[str, tuple[Glance, ...]], three: tuple[str, tuple[Glance, ...]]) -> Use | None:
@@ -181,7 +213,7 @@ def _rows(two: tuple[Glance, ...], three: tuple[Glance, ...]) -> tuple[int, ...]
 
 
 def _next(module: nn.Module, parameter: str, alone: Collection[str]) -> str:
-    """Of the modules around a parameter, the innermost that does not run apart yet."""
+    """Of the modules around a parameter, the innermost that does not run apart yet: the model itself does not."""
     owner = parameter.rpartition(".")[0]
     while owner in alone and owner:
         owner = owner.rpartition(".")[0]
@@ -207,11 +239,19 @@ def _differs(got: Any, want: Any) -> str:
             continue
         if not isinstance(x, Tensor) or x.shape != y.shape:
             return f"an output has shape {list(getattr(x, 'shape', []))}, sample by sample {list(y.shape)}"
-        if y.is_floating_point():
-            most = y.nan_to_num().abs().max().item() if y.numel() else 0.0
-            apart = (x - y).nan_to_num().abs().max().item() if y.numel() else 0.0
-            if apart > TOLERANCE.get(y.dtype, 0.05) * max(most, 1e-30):
-                return f"an output is {apart:.1e} off, of {most:.1e}"
+        if x.dtype != y.dtype:
+            return f"an output is of {x.dtype}, sample by sample of {y.dtype}"
+        if not torch.equal(x.isnan(), y.isnan()):
+            return "an output has NaN in other places"
+        other = (x != y) & ~y.isnan()
+        if not other.any():
+            continue
+        if not (y.is_floating_point() or y.is_complex()):
+            return f"an output of {y.dtype} has {int(other.sum())} other values"
+        most = torch.where(y.isfinite(), y, 0).abs().max().item()
+        apart = (x - y)[other].abs().max().item()  # infinite where one of them alone is
+        if apart > TOLERANCE.get(y.dtype, 0.05) * max(most, 1e-30):
+            return f"an output is {apart:.1e} off, of {most:.1e}"
     return ""
 
 

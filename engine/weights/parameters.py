@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from engine.weights.recomputing import nothing_recomputed
 from models import UnsupportedModelError
 
 # What shares a coefficient.
@@ -103,7 +104,8 @@ def swapped(found: Mapping[str, Places], tensors: Mapping[str, Tensor]) -> Itera
             for part, key in found[name]:
                 part._parameters[key] = tensor  # type: ignore[assignment]
         _flatten(held)
-        yield
+        with nothing_recomputed():
+            yield
     finally:
         for part, key, tensor in held:
             part._parameters[key] = tensor

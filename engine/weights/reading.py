@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from engine.weights.parameters import Blocks, blocks_of, check_plain, name_of, root_of
 from engine.weights.vectors import TaskVectors
@@ -100,7 +102,8 @@ def read_inputs(model: Any, inputs: Any, batch: int | None) -> tuple[tuple[Any, 
     if isinstance(inputs, Tensor):
         args, named = (inputs,), {}
     elif isinstance(inputs, Mapping) and inputs and all(isinstance(key, str) for key in inputs):
-        args, named = (), dict(inputs)
+        args = ()
+        named = {k: tree_map_only(np.ndarray, partial(read_tensor, what=f"input {k!r}"), x) for k, x in inputs.items()}
     else:
         raise TypeError(
             f"inputs must be a tensor, or the forward's arguments by name, got {type(inputs).__name__}: {inputs!r:.80}"
@@ -111,8 +114,9 @@ def read_inputs(model: Any, inputs: Any, batch: int | None) -> tuple[tuple[Any, 
     if "use_cache" in accepted:
         named["use_cache"] = False
     if batch is not None:
-        shapes = {key: x.shape for key, x in {**dict(enumerate(args)), **named}.items() if isinstance(x, Tensor)}
-        wrong = [(key, list(shape)) for key, shape in shapes.items() if not len(shape) or shape[0] != batch]
+        given = {**dict(enumerate(args)), **named}.items()
+        shapes = [(key, list(x.shape)) for key, part in given for x in tree_leaves(part) if isinstance(x, Tensor)]
+        wrong = [(key, shape) for key, shape in shapes if shape[:1] != [batch]]
         if wrong or not shapes:
             got = f"input {wrong[0][0]!r} of shape {wrong[0][1]}" if wrong else "no tensor among the inputs"
             raise ValueError(f"coefficients are of {batch} samples, each a row of every input: got {got}")

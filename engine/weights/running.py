@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
-from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in
-from engine.weights.layers import LAYERS
-from engine.weights.naive import joined
+from engine.weights.kept import Kept, ReadApart, kept_in, of_samples, plain, tensors_in, writes
+from engine.weights.layers import LAYERS, NAMES
+from engine.weights.naive import Dims, joined
 from engine.weights.parameters import places, swapped
 from engine.weights.products import SAMPLES, Way
 from engine.weights.reading import Composition
+from engine.weights.recomputing import again
 from models import UnsupportedModelError
 
 
@@ -40,11 +40,14 @@ class Use:
 class Layout:
     """What a model does with its parameters.
 
-    uses:  in order, by parameter. apart: modules that run sample by sample, and the rows of the tensors given to each.
+    uses:  in order, by parameter.
+    apart: modules that run sample by sample, and the rows of the tensors given to each; none if it was not called.
+    dims:  which dimension of each of their outputs is samples.
     """
 
     uses: Mapping[str, tuple[Use, ...]] = field(default_factory=dict)
     apart: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dims: Mapping[str, Dims] = field(default_factory=dict)
 
 
 class Running:
@@ -59,6 +62,8 @@ class Running:
     def apply(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = next(kept_in((args, kwargs))).parameter
         operands = tensors_in((args, kwargs))
+        if writes(func) and isinstance(operands[0], Kept):  # in training alone: it was not looked at
+            raise ReadApart(name)
         if all(isinstance(x, Kept) for x in operands):
             return self._shared(func, args, kwargs, name)
         use = self._use(name, func, operands)
@@ -66,7 +71,7 @@ class Running:
         if func not in LAYERS and use.shared:
             return self._shared(func, args, kwargs, name)
         read = Reading(self, rows)
-        y = LAYERS[func](read, *args, **kwargs) if func in LAYERS else NotImplemented
+        y = LAYERS[func](read, *args, **kwargs) if func in LAYERS and kwargs.keys() <= NAMES[func] else NotImplemented
         if y is NotImplemented:
             y = read.mapped(func, args, kwargs, name)
         if use.shared:
@@ -102,7 +107,7 @@ class Running:
         flat, spec = tree_flatten((args, kwargs))
         at = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
         rows = self.layout.apart[name]
-        if len(rows) != len(at) or any(isinstance(flat[i], Kept) for i in at):
+        if not any(rows) or len(rows) != len(at) or any(isinstance(flat[i], Kept) for i in at):
             raise ReadApart(_inside(self.module, name))
         if any(n and flat[i].shape[0] != n * self.batch for i, n in zip(at, rows, strict=True)):
             raise ReadApart(_inside(self.module, name))
@@ -123,8 +128,8 @@ class Running:
                 leaves[i] = flat[i][b * n : (b + 1) * n] if n else flat[i]
             run = partial(one, self.composition.sample(b), leaves)
             graph = torch.is_grad_enabled()
-            answers.append(checkpoint(run, use_reentrant=False) if graph else run())  # nothing merged is kept
-        return joined(answers)
+            answers.append(again(run) if graph else run())  # nothing merged is kept
+        return joined(answers, self.layout.dims[name])
 
 
 class Reading:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
@@ -32,9 +32,10 @@ class TaskVectors:
     shapes:  of the parameters, by name, in the model's order; tied ones once.
     tensors: [T, *shape] by parameter.
     factors: in place of that, of parameters of low rank: [T, rows, rank] and [T, rank, columns].
-    error:   of each vector, the share of its norm (Frobenius, all parameters) that low rank left out; empty if whole.
+    error:   of each vector, the share of its norm (Frobenius, all parameters) that low rank left out; empty if whole,
+             and of sums, where it is not known.
 
-    `a + b` adds vector by vector, `-a` negates, `0.5 * a` scales, `a["name"]` takes one.
+    `a + b` adds vector by vector, `-a` negates, `0.5 * a` scales, `a["name"]` takes one; `in` and loops go by name.
 
     >>> base, tuned = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
     >>> vectors = engine.weights.task_vectors(base, tuned, names=["tuned"])
@@ -51,6 +52,12 @@ class TaskVectors:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
 
     def __repr__(self) -> str:
         said = f"; low rank leaves out {', '.join(f'{e:.1%}' for e in self.error)} of the norm" if self.error else ""

@@ -286,3 +286,27 @@ def test_answers_of_several_parts():
     assert logits.shape == (7, 3, 11)
     assert set(more) == {"more"}
     assert len(leaves((logits, more))) == 2
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x, more):
+        more = more["scale"][0] if isinstance(more, dict) else more
+        return self.inner(x) * more
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("verb", [weights.forward, weights.naive.forward])
+def test_arrays_among_inputs(verb, single):
+    base = Two()
+    vectors = weights.task_vectors(base, Two())
+    x, more, c = torch.randn(5, 4), torch.randn(5, 3), draw(vectors, 5, dtype=torch.float32)
+    c = c[0] if single else c
+    want = verb(base, {"x": x, "more": more}, vectors, c)
+    for given in (more.numpy(), {"scale": [more.numpy()]}):
+        assert torch.equal(verb(base, {"x": x.numpy(), "more": given}, vectors, c), want)
+    with pytest.raises(TypeError, match="input 'more' must be numbers"):
+        verb(base, {"x": x, "more": more.numpy().astype(str)}, vectors, c)

@@ -109,3 +109,20 @@ def test_differences_of_half_precision_are_taken_in_single():
     vectors = weights.task_vectors(base, tuned)
     want = (tuned.weight - base.weight.float()).half()
     assert torch.equal(vectors.whole("weight")[0], want)
+
+
+def test_names_are_what_it_holds(given):
+    _, _, vectors = given
+    assert "b" in vectors
+    assert "d" not in vectors
+    assert 0 not in vectors
+    assert list(vectors) == ["a", "b", "c"]
+    assert {name: vectors[name].names for name in vectors} == {"a": ("a",), "b": ("b",), "c": ("c",)}
+
+
+def test_what_a_sum_of_low_rank_leaves_out_is_not_known(given):
+    _, _, vectors = given
+    low = vectors.low_rank(2)
+    assert min(low.error) > 0
+    assert (low + low).error == (low - vectors).error == ()
+    assert (0.5 * low).error == (-low).error == low.error
