@@ -74,19 +74,21 @@ def exact(answer: str, example: Example) -> float:
 
 
 def normalised(answer: str, example: Example) -> float:
-    """As `exact`, but for case, accents, punctuation and articles.
+    """As `exact`, but for case, accents, punctuation and articles; of what is nothing else, as `exact`.
 
     >>> engine.evaluation.normalised("The Bogotá.", Example("Q: Colombia\\nA:", " Bogota"))
     1.0
     """
     given, wanted = (_plain(text) for text in (answer, str(example.answer)))
-    return float(given == wanted)
+    return float(given == wanted) if given and wanted else exact(answer, example)
 
 
 def _plain(text: str) -> list[str]:
     letters = unicodedata.normalize("NFKD", text.lower())
-    letters = "".join(one for one in letters if not unicodedata.combining(one))
-    return [word for word in re.findall(r"[^\W_]+", letters) if word not in vqa.ARTICLES]
+    letters = re.sub("[\u0300-\u036f]", "", letters)  # accents; vowel signs of other scripts are letters
+    letters = re.sub(r"(?<!\S)[-\u2212](?=\d)", "\0", letters)  # a sign
+    said = (one if one == "\0" or one.isalnum() or unicodedata.category(one)[0] == "M" else " " for one in letters)
+    return [word for word in "".join(said).split() if word not in vqa.ARTICLES]
 
 
 SCORERS: dict[str, Scorer] = {"exact": exact, "normalised": normalised}
@@ -176,7 +178,8 @@ def _read_scorer(
     by: By | Scorer, examples: Sequence[Example], answers: Sequence[Sequence[str]] | None
 ) -> Callable[[int, str], float] | None:
     """A function of an example's number and the text; None where no text is scored."""
-    if answers is not None and (by != "vqa" or len(answers) != len(examples) or not all(answers)):
+    lists = answers is not None and all(each and not isinstance(each, str) for each in answers)
+    if answers is not None and (by != "vqa" or len(answers) != len(examples) or not lists):
         raise ValueError(f"answers are of by='vqa', one list for each of {len(examples)} examples, got {answers!r:.80}")
     if by == "first_token":
         return None

@@ -101,7 +101,7 @@ def generate(
     decide(model, prompts, asked, strategy)  # refuses what it must before anything runs
     found = able(model, prompts, strategy, sites=steps.patch.sites)
     ways = [_way(p, steps, can, n_new, strategy) for p, can in zip(prompts, found, strict=True)]
-    how = Speaking(n_new, choice, stops, _ends(model, config), on_token)
+    how = Speaking(n_new, choice, stops, _ends(model, config, stops), on_token)
     answers = _answer(model, how, steps, prompts, ways, budget)
     z = capture and [
         [_captured(model, steps.select([row]), ready, one) for row, one in enumerate(rows)]
@@ -189,6 +189,12 @@ def _read_stops(stop: str | Sequence[str] | None, config: Any) -> tuple[str, ...
     return (*given, *([more] if isinstance(more, str) else more))
 
 
-def _ends(model: Model, config: Any) -> frozenset[int]:
+def _ends(model: Model, config: Any, stops: Sequence[str]) -> frozenset[int]:
+    """Tokens that end an answer: also stops that are special tokens, which its text does not show."""
     ends = getattr(config, "eos_token_id", None)
-    return model.eos if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+    ends = model.eos if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+    known = getattr(getattr(model, "tokenizer", None), "added_tokens_decoder", {})
+    special = {token.content: at for at, token in known.items() if token.special}
+    if odd := [stop for stop in stops if stop not in special and any(token in stop for token in special)]:
+        raise ValueError(f"the text of an answer has no special tokens: give them alone as a stop, got {odd[0]!r}")
+    return ends | {special[stop] for stop in stops if stop in special}

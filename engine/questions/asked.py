@@ -48,6 +48,7 @@ class Asked:
         return dict(
             model=self.model.name,
             metric=self.scoring.metric,
+            scored=self.scoring.scored,
             values=self.origin.described,
             site=self.where.site,
             positions=self.where.described,

@@ -8,6 +8,7 @@ those of the source run, the mean over prompts, or zero, at every token.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,13 +62,20 @@ class Faithfulness:
 
     @property
     def faithfulness(self) -> Float[Tensor, " sizes"]:
-        """0: as nothing kept; 1: as the whole model; of the mean metric over prompts."""
-        return self._shares(self.metric.mean(dim=0), self.full.mean(), self.empty.mean())
+        """0: as nothing kept; 1: as the whole model; of the mean metric over prompts.
+
+        NaN, with a warning, where both differ by no more than float32 rounds.
+        """
+        full, empty = self.full.mean(), self.empty.mean()
+        if (full - empty).abs() <= 4 * torch.finfo(torch.float32).eps * torch.maximum(full.abs(), empty.abs()):
+            warnings.warn("faithfulness is NaN: the metric is the same with everything kept and nothing", stacklevel=2)
+            return torch.full_like(self.metric[0], torch.nan)
+        return self._shares(self.metric.mean(dim=0), full, empty)
 
     @property
     def cpr(self) -> float:
         """Circuit performance ratio: the area under the faithfulness, by trapezoids between the sizes. Higher is
-        better: a circuit may do more than the model.
+        better: a circuit may do more than the model. NaN of fewer than two sizes, which enclose no area.
 
         Source: MIB, A Mechanistic Interpretability Benchmark (arXiv 2504.13151), section 3.
         """
@@ -75,7 +83,10 @@ class Faithfulness:
 
     @property
     def cmd(self) -> float:
-        """Circuit-model distance: the area between the faithfulness and 1. 0 is best: all circuits do as the model."""
+        """Circuit-model distance: the area between the faithfulness and 1. 0 is best: all circuits do as the model.
+
+        NaN of fewer than two sizes.
+        """
         return self._area((1 - self.faithfulness).abs())
 
     def interval(
@@ -121,6 +132,8 @@ class Faithfulness:
         return cls(**{**tensors, **described})
 
     def _area(self, height: Float[Tensor, " sizes"]) -> float:
+        if len(self.sizes) < 2:
+            return float("nan")
         return float(torch.trapezoid(height, torch.tensor(self.sizes, dtype=height.dtype)))
 
     @staticmethod

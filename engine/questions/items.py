@@ -59,7 +59,7 @@ class Items:
         names = [name for one in each for name in _names(one)]
         means = torch.cat([one.mean.flatten() for one in each])
         order = Effects(means[None], torch.zeros(1, dtype=torch.float64), groups=names)._best(len(means), by)
-        if any("->" in name for name in names):
+        if any("->" in name for name in names) and not any(isinstance(one.groups, Mapping) for one in each):
             graph = Graph.of(model)
             if names != graph.edges:
                 raise ValueError(f"a ranking of edges must be of all {len(graph.edges)} edges of {model.name} alone")

@@ -34,6 +34,7 @@ from engine.questions.scoring import Answers, read_scoring
 from engine.questions.where import Places, Spot, computed, read_where
 from engine.tasks.scoring import ExampleLike, Scored
 from models import Model, PromptLike, Site
+from models.reading import as_int
 from models.shapes import Bool, Float, Integer
 
 Freeze: TypeAlias = Literal["heads", "heads and MLPs"]
@@ -139,7 +140,9 @@ def read_senders(model: Model, senders: Any) -> list[Node]:
 
 def read_receivers(model: Model, receivers: Any) -> list[Node]:
     """Raises ValueError for nodes that are given nothing by themselves."""
-    one = isinstance(receivers, str) or (isinstance(receivers, tuple) and len(receivers) == 3)
+    # A tuple of three is a node, (layer, head, "q"), unless its first is one.
+    node = isinstance(receivers, tuple) and len(receivers) == 3 and as_int(receivers[0]) is not None
+    one = isinstance(receivers, str) or node
     found = [read_node(model, each) for each in ([receivers] if one else receivers)]
     if odd := [node for node in found if node.site == "z"]:
         raise ValueError(f'receivers are "a5.h2<q>" (<k>, <v>), "m7" or "logits", got {str(odd[0])!r}')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -27,16 +28,20 @@ def bootstrap(
     low, high = x[0].clone(), x[0].clone()
     varied = (x != x[0]).any(dim=0).nonzero().flatten()
     for units in varied.split(AT_ONCE):
-        found = stats.bootstrap(
-            (x[:, units].numpy(),),
-            _mean,
-            confidence_level=level,
-            n_resamples=resamples,
-            batch=max(1, 2**22 // (len(x) * len(units))),
-            vectorized=True,
-            rng=seed,
-        ).confidence_interval
+        with warnings.catch_warnings(action="ignore"):  # of what cannot be had, which is said below
+            found = stats.bootstrap(
+                (x[:, units].numpy(),),
+                _mean,
+                confidence_level=level,
+                n_resamples=resamples,
+                batch=max(1, 2**22 // (len(x) * len(units))),
+                vectorized=True,
+                rng=seed,
+            ).confidence_interval
         low[units], high[units] = torch.from_numpy(found.low), torch.from_numpy(found.high)
+    if broken := int((low.isnan() | high.isnan()).sum()):
+        said = f"intervals of {broken} units are NaN: {resamples} resamples of {len(x)} prompts do not give them"
+        warnings.warn(said, stacklevel=3)
     return low, high
 
 

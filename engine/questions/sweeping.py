@@ -23,7 +23,7 @@ from engine.artifacts import can_begin, load_tensors, save_tensors
 from engine.core.budget import Budget
 from engine.core.checking import able
 from engine.core.patches import Mode, Patch
-from engine.distributed import ALONE, World, digest, identity
+from engine.distributed import ALONE, World, digest, identity, weights_of
 from engine.progress import track
 from engine.questions.asked import Asked, read_prompts
 from engine.questions.effects import Effects
@@ -113,7 +113,8 @@ def sweep(
     clean = torch.full((mine.stop - mine.start,), torch.nan, dtype=torch.float64)
     patched = clean.new_full((len(clean), len(where.spots[0]), len(units)), torch.nan)
     found = {"patched": patched, "clean": clean} | ({"reference": clean.clone()} if source is not None else {})
-    kept = Checkpoint.of_rank(checkpoint, world, dict(known, prompts=[mine.start, mine.stop]))
+    state = {} if checkpoint is None else dict(dtype=str(model.dtype), weights=weights_of(model))
+    kept = Checkpoint.of_rank(checkpoint, world, dict(known, **state, prompts=[mine.start, mine.stop]))
     done = kept.read(found)
     able(model, ready, layered=True, sites={site})
     for i in track(range(done, len(clean)), f"sweep of {len(units)} units", progress and world.rank == 0):

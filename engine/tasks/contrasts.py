@@ -9,6 +9,7 @@ from random import Random
 from string import Formatter
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from engine.core.reading import check_model
 from engine.tasks.scoring import AT_ONCE, Example, first_token
 from engine.tasks.wording import DRAWN, Drawn
 from models import Model
-from models.reading import read_int, read_seed
+from models.reading import as_int, read_int, read_list, read_seed
 from models.shapes import Float, Integer
 
 ContrastName: TypeAlias = Literal["ioi", "ioi_flipped", "greater_than", "agreement", "facts"]
@@ -56,14 +57,24 @@ class Contrast:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def take(self, which: Sequence[Integer]) -> Contrast:
-        """The pairs at these indices. Raises IndexError for one that there is not.
+    def take(self, which: Sequence[Integer] | np.ndarray | Tensor) -> Contrast:
+        """The pairs at these indices, or where a mask is true. Raises IndexError for an index that there is not;
+        ValueError for a mask of another length, or what is neither.
 
         >>> engine.tasks.contrast("ioi", model, count=8).take([0, 3]).positions["end"].__len__()
         2
         """
-        lists: dict[str, Any] = {field: [getattr(self, field)[n] for n in which] for field in _PARALLEL}
-        return replace(self, **lists, positions={name: [at[n] for n in which] for name, at in self.positions.items()})
+        given = read_list(which)
+        if mask := bool(given) and all(isinstance(one, bool) for one in given):
+            at = [n for n, kept in enumerate(given) if kept]
+        else:
+            at = [n for one in given if (n := as_int(one)) is not None]
+        if len(given) != (len(self) if mask else len(at)):
+            raise ValueError(f"expected indices, or a mask of all {len(self)} pairs, got {which!r:.80}")
+        lists: dict[str, Any] = {field: [getattr(self, field)[n] for n in at] for field in _PARALLEL}
+        return replace(
+            self, **lists, positions={name: [places[n] for n in at] for name, places in self.positions.items()}
+        )
 
     @torch.no_grad()
     def differences(self, model: Model) -> Float[Tensor, "2 pairs"]:

@@ -200,3 +200,10 @@ def test_function_vectors(model):
         engine.fv.extract(model, ["abc"], EXAMPLES, correct_only=True, means=VALUES, progress=False)
     with pytest.raises(ValueError, match="with permuted answers: got 2 shuffled ones"):
         engine.fv.extract(model, EXAMPLES[::-1], EXAMPLES, correct_only=True, means=VALUES, progress=False)
+
+
+def test_annotators_as_text(model):
+    with pytest.raises(ValueError, match="one list for each of 2 examples"):
+        engine.evaluate(model, "x", EXAMPLES, by="vqa", answers=["cat", "dog"])
+    with pytest.raises(ValueError, match="a list of the answers of annotators, got 'cat'"):
+        engine.tasks.vqa.accuracy("c", "cat")

@@ -78,6 +78,17 @@ def test_all_examples_are_asked_together(model, said):
         ("Bogot\u00e1", " Bogota", 0, 1),
         ("colder", " cold", 0, 0),
         ("", " cold", 0, 0),
+        ("", " A", 0, 0),  # nothing is left of an article
+        ("The", " A", 0, 0),
+        ("A.", " A", 0, 0),
+        ("A", " A", 1, 1),
+        ("+", " -", 0, 0),
+        ("\U0001f44d", "\U0001f44e", 0, 0),
+        ("5", " -5", 0, 0),
+        ("\u22125.", " -5", 0, 1),
+        ("well-known", " well known", 0, 1),
+        ("\u0915\u093f", " \u0915\u093e", 0, 0),  # vowel signs
+        ("\u0915\u093f.", " \u0915\u093f", 0, 1),
     ],
 )
 def test_how_strings_are_compared(answer, wanted, is_exact, is_normalised):

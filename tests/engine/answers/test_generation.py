@@ -218,6 +218,24 @@ def test_stop(tiny, draw, family, strategy):
     assert len(got[0][1]) < len(full[0][1])
 
 
+@pytest.mark.parametrize("strategy", ["auto", "batch", "naive"])
+def test_stop_at_a_special_token(strategy):
+    """As transformers' own: its text does not show it."""
+    tokenizer = zoo.tiny_tokenizer()
+    hf = zoo.tiny("llama")
+    ids = tokenizer("Q: hot\nA:", return_tensors="pt").input_ids
+    third = hf.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, ids.shape[1] + 2]
+    stop = tokenizer.convert_ids_to_tokens(int(third))
+    tokenizer.add_special_tokens({"additional_special_tokens": [stop]})
+    model = models.wrap(hf, tokenizer, name="tiny")
+    whole = hf.generate(ids, max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)[0]
+    want = tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)
+    assert engine.generate(model, "Q: hot\nA:", stop=stop, max_new_tokens=6, strategy=strategy) == want
+    assert len(want) == 2
+    with pytest.raises(ValueError, match="has no special tokens: give them alone as a stop"):
+        engine.generate(model, "Q: hot\nA:", stop=f"{stop}\n", max_new_tokens=6, strategy=strategy)
+
+
 @pytest.mark.parametrize(("family", "strategy"), ENDINGS)
 def test_end_of_text(tiny, draw, family, strategy):
     """An answer ends before the model's end-of-text token; the other rows go on."""

@@ -112,6 +112,8 @@ def test_options():
             effects.interval(resamples=resamples)
         with said(ValueError, "resamples", f"got {resamples}"):
             effects.p_values(resamples=resamples)
+    with pytest.warns(UserWarning, match="intervals of 18 units are NaN: 1 resamples of 5 prompts"):
+        effects.interval(resamples=1)
     with said(ValueError, "correction must be one of", "'max', 'holm', 'fdr'", "got 'bonferroni'"):
         effects.p_values("bonferroni")
     with said(ValueError, "by must be one of", "'absolute'", "got 'signed'"):

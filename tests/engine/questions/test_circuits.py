@@ -1,5 +1,7 @@
 """Circuits: everything but the first items ablated, by plain hooks; the areas by hand."""
 
+import math
+
 import pytest
 import torch
 
@@ -207,3 +209,27 @@ def test_an_edge_is_a_path(family):
         given = options(senders=[sender], receivers=receiver, freeze="heads and MLPs", positions="together")
         path = engine.paths(family.model, IDS, **given)
         torch.testing.assert_close(exact.patched[:, i], path.patched[:, 0], atol=LIMIT, rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [[0.0], [0.5]])
+def test_one_size_encloses_no_area(family, sizes):
+    ranked = engine.sweep(family.model, IDS, positions="together", **options())
+    found = circuits.faithfulness(family.model, IDS, ranked, sizes=sizes, **options())
+    assert found.faithfulness.isfinite().all()
+    assert math.isnan(found.cpr)
+    assert math.isnan(found.cmd)
+
+
+def test_nothing_to_be_faithful_to():
+    """Everything kept and nothing kept score the same."""
+    one = circuits.Faithfulness([0.0, 1.0], [0, 18], torch.ones(2, 2), torch.ones(2), torch.ones(2) + 1e-8)
+    with pytest.warns(UserWarning, match="the metric is the same with everything kept and nothing"):
+        assert one.faithfulness.isnan().all()
+
+
+def test_groups_with_arrows_in_their_names(family):
+    masks = torch.eye(18, dtype=torch.bool).unflatten(1, (3, 6))
+    groups = {"x->y": masks[3], "y->x": masks[7]}
+    ranked = engine.sweep(family.model, IDS, groups=groups, positions="together", **options())
+    found = circuits.faithfulness(family.model, IDS, ranked, sizes=[0.0, 1.0], **options())
+    assert set(found.items) == set(groups)

@@ -183,3 +183,15 @@ def test_paths_of_the_edge_add_up_to_first_order(families):
     direct = engine.paths(family.model, IDS, **options())
     whole = engine.sweep(family.model, IDS, **options())
     torch.testing.assert_close(direct.effect[:, 2], whole.effect[:, 2], atol=1e-5, rtol=0)
+
+
+def test_a_tuple_of_three_receivers(families):
+    """Names, or nodes, as a list of them; and one node that is a tuple of three."""
+    model = families("llama").model
+    names = ("a1.h0<q>", "a1.h1<q>", "m1")
+    want = engine.paths(model, IDS, receivers=list(names), **options()).patched
+    assert torch.equal(engine.paths(model, IDS, receivers=names, **options()).patched, want)
+    one = engine.paths(model, IDS, receivers=(1, 0, "q"), **options()).patched
+    assert torch.equal(one, engine.paths(model, IDS, receivers="a1.h0<q>", **options()).patched)
+    both = engine.paths(model, IDS, receivers=((1, 0, "q"), (1, 1, "q"), "m1"), **options()).patched
+    assert torch.equal(both, want)

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import engine
+import models
+from engine import Example
 from engine.core.budget import Budget
 from engine.questions import runs, sweeping
+from models import zoo
 from models.calls import Passing
 from tests.sweeps import LIMIT, PROMPTS, TARGETS, each_head, options
 
@@ -181,3 +184,24 @@ def test_checkpoint_of_another_sweep(model, tiny, draw, values, tmp_path):
     mark.write_bytes(saved[: len(saved) // 2])
     with pytest.raises(ValueError, match="truncated"):
         engine.sweep(model, PROMPTS, values, **given)
+
+
+@pytest.mark.parametrize("changed", ["weights", "scored", "dtype"])
+def test_checkpoint_of_other_weights_or_another_score(values, tmp_path, changed):
+    """Answers of several tokens, at a model that is not the same any more."""
+    model = models.wrap(zoo.tiny("llama"), zoo.tiny_tokenizer(), name="tiny")
+    examples = [Example(prompt, " no") for prompt in PROMPTS]
+    given = dict(metric="log_probability", checkpoint=tmp_path / "kept", progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        scores = sweeping._scores
+        patch.setattr(sweeping, "_scores", lambda asked, n, *rest: scores(asked, n if n < 1 else 1 / 0, *rest))
+        with pytest.raises(ZeroDivisionError):
+            engine.sweep(model, examples, values, **given)
+    if changed == "weights":
+        with torch.no_grad():
+            model.hf.lm_head.weight.mul_(3)
+    if changed == "dtype":
+        model = models.wrap(model.hf.half(), zoo.tiny_tokenizer(), name="tiny")
+    more = {"scored": "token_mean"} if changed == "scored" else {}
+    with pytest.raises(ValueError, match=f"is of another sweep: .*{changed}.* differ"):
+        engine.sweep(model, examples, values, **given, **more)

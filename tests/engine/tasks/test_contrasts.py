@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -206,3 +207,11 @@ def test_take():
     pairs = Contrast("mine", ["a", "b", "c"], ["d", "e", "f"], ["1", "2", "3"], ["4", "5", "6"], {"end": [0, 1, 0]})
     assert pairs.take([2, 0]) == Contrast("mine", ["c", "a"], ["f", "d"], ["3", "1"], ["6", "4"], {"end": [0, 0]})
     assert len(pairs.take([])) == 0
+    for mask in ([False, False, True], torch.tensor([False, False, True]), np.array([False, False, True])):
+        assert pairs.take(mask) == pairs.take([2]) == pairs.take(np.array([2]))
+    assert len(pairs.take([False] * 3)) == 0
+    for odd in ([True, False], [0, True], torch.tensor([0.5])):
+        with pytest.raises(ValueError, match="expected indices, or a mask of all 3 pairs"):
+            pairs.take(odd)
+    with pytest.raises(IndexError):
+        pairs.take([3])
