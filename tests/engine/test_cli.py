@@ -224,3 +224,11 @@ def test_circuit(small_folder, tmp_path, rank):
     assert engine.circuits.Faithfulness.load(out / "curve.safetensors").cpr == results["cpr"]
     result = run("circuit", "--rank", "size", "--out", out)
     assert (result.exit_code, "--rank must be one of" in result.output) == (1, True)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_circuit_of_one_pair_has_no_interval(small_folder, tmp_path, count):
+    result = run("circuit", "--model", small_folder, "--count", count, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert ("interval" in result.output) == (count > 1)
+    assert (tmp_path / "results.json").exists()
