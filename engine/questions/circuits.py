@@ -118,7 +118,10 @@ class Faithfulness:
     def load(cls, path: str | Path) -> Faithfulness:
         """Read what was saved. Raises FileNotFoundError; ValueError for another file."""
         tensors, described = load_tensors(path, ("metric", "full", "empty"))
-        return cls(**{**tensors, **described})
+        try:
+            return cls(**{**tensors, **described})
+        except TypeError as error:
+            raise ValueError(f"{path} holds no faithfulness as it is saved: {error}") from error
 
     def _area(self, height: Float[Tensor, " sizes"]) -> float:
         return float(torch.trapezoid(height, torch.tensor(self.sizes, dtype=height.dtype)))
