@@ -134,7 +134,11 @@ def load(name: str | Path) -> Task:
         raise FileNotFoundError(
             f"no task {str(name)!r}: expected one of {', '.join(SHIPPED)}, or a JSONL file of pairs"
         )
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: expected UTF-8, got {error}") from error
     numbered = [(_pair(line, path, number), number) for number, line in enumerate(lines, start=1) if line.strip()]
     pairs = tuple(dict.fromkeys(pair for pair, _ in numbered))
     if len(pairs) < len(numbered):

@@ -44,6 +44,16 @@ def test_broken_line_of_a_task(tmp_path, line):
     assert repr(line) in str(caught.value)
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_task_that_is_not_utf8(tmp_path, mark):
+    path = tmp_path / "task.jsonl"
+    lines = [json.dumps({"input": f"in{i}", "output": "café"}, ensure_ascii=False).encode() for i in range(20)]
+    lines[7] = lines[7].decode().encode("latin-1")
+    path.write_bytes(mark + b"\n".join(lines))
+    with pytest.raises(ValueError, match=r"task.jsonl, line 8: expected UTF-8, got .*0xe9"):
+        engine.tasks.load(path)
+
+
 @pytest.mark.parametrize("count", [0, 9])
 def test_task_of_too_few_pairs(tmp_path, count):
     path = tmp_path / "task.jsonl"

@@ -89,6 +89,13 @@ def test_a_task_of_ones_own(tmp_path):
         assert engine.tasks.load(given) == Task("mine", tuple(pairs))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path, end):
+    lines = [json.dumps({"input": f"ž {i}", "output": "out"}, ensure_ascii=False) for i in range(12)]
+    (tmp_path / "mine.jsonl").write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
+    assert engine.tasks.load(tmp_path / "mine.jsonl").pairs == tuple(Pair(f"ž {i}", "out") for i in range(12))
+
+
 def test_lines_that_repeat_a_pair_are_left_out(tmp_path):
     lines = [json.dumps({"input": f"in {i}", "output": "out"}) for i in range(12)]
     path = tmp_path / "mine.jsonl"
