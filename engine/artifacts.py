@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -30,6 +31,7 @@ from models.reading import read_tensor
 from models.shapes import Bool, Float
 
 SCRATCH = ".scratch"
+LONG = 200  # bytes of a file's name, of the 255 that most file systems allow
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,21 @@ def versions() -> dict[str, str]:
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(whole, {"headpatch": json.dumps(metadata)}))
+    whole: dict[str, Tensor] = {}
+    stored: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        whole[name] = plain.clone() if memory in stored else plain  # the format refuses tensors that share memory
+        stored.add(memory)
+    write_whole(path, save(whole, {"headpatch": json.dumps(metadata, default=_as_json)}))
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers and lists of arrays among metadata."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
+        return value.tolist()
+    raise TypeError(f"metadata must be JSON (or arrays), got {type(value).__name__}: {value!r:.80}")
 
 
 def load_tensors(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,7 +147,7 @@ def load_tensors(path: str | Path, names: tuple[str, ...]) -> tuple[dict[str, Te
 
 def can_begin(path: str | Path) -> bool:
     """Whether no file is there yet; then one can be written, or OSError is raised."""
-    path = Path(path)
+    path = _behind_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_up(path)
     if path.exists():
@@ -146,7 +161,7 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
 
     The neighbour is locked while it is written: one that nobody locks was left by a process that died, and goes.
     """
-    path = Path(path)
+    path = _behind_links(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep_up(path)
     handle, scratch = _scratch(path)
@@ -168,10 +183,21 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             os.close(lock)
 
 
+def _behind_links(path: str | Path) -> Path:
+    """The file itself: a rename would put another in the place of a link to it."""
+    return Path(os.path.realpath(path))
+
+
+def _beginning(path: Path) -> str:
+    """Of the names of a file's neighbours: its own name, or a digest of one that leaves no room for more."""
+    name = os.fsencode(path.name)
+    return f".{path.name if len(name) < LONG else hashlib.sha256(name).hexdigest()}."
+
+
 def _scratch(path: Path) -> tuple[int, str]:
     """A new neighbour of a file, open and locked."""
     while True:
-        handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SCRATCH, dir=path.parent)
+        handle, scratch = tempfile.mkstemp(prefix=_beginning(path), suffix=SCRATCH, dir=path.parent)
         _locked(handle)
         if os.fstat(handle).st_nlink:  # else another process took it for a dead one's before it was locked
             return handle, scratch
@@ -180,7 +206,7 @@ def _scratch(path: Path) -> tuple[int, str]:
 
 def _sweep_up(path: Path) -> None:
     """Remove the neighbours of a file that processes left which were killed while they wrote it."""
-    for scratch in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}{SCRATCH}") if fcntl else ():
+    for scratch in path.parent.glob(f"{glob.escape(_beginning(path))}{'?' * 8}{SCRATCH}") if fcntl else ():
         with suppress(OSError), scratch.open("rb+") as file:  # another process may be faster
             if _locked(file.fileno(), fcntl.LOCK_NB):
                 scratch.unlink()

@@ -33,7 +33,8 @@ def heatmap(
         layers, heads = chosen.nonzero(as_tuple=True)
         axes.scatter(layers, heads, s=9, c="white", edgecolors="black", linewidths=0.6, label="chosen")
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    axes.set(xlabel="layer", ylabel="head", title=title)
+    axes.set(xlabel="layer", ylabel="head")
+    axes.set_title(title, parse_math=False)
     axes.set_xticks(range(0, n_layers, max(1, n_layers // 10)))
     axes.set_yticks(range(0, n_heads, max(1, n_heads // 8)))
     figure.colorbar(image, ax=axes, label="probability", shrink=0.7)
@@ -79,7 +80,7 @@ def effect_maps(
         _ticks(axes.set_xticks, columns, 10, rotation=90)
         _ticks(axes.set_yticks, rows, 8)
     grid[-1].set_xlabel(axes_names[1])
-    figure.suptitle(drawable(title))
+    figure.suptitle(drawable(title), parse_math=False)
     if marked.any():
         grid[0].legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
     shrink, anchor = (0.7, (0.0, 0.5)) if whole < 6 else (4 / whole, (0.0, 1.0))
@@ -131,7 +132,8 @@ def learning_curve(path: str | Path, losses: Sequence[float], title: str = "") -
     window = min(10, len(losses))
     smooth = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(dim=1)
     axes.plot(range(window, len(losses) + 1), smooth, color="#253237", linewidth=2, label=f"mean of {window}")
-    axes.set(xlabel="step", ylabel="cross-entropy of the answer (nats)", title=title)
+    axes.set(xlabel="step", ylabel="cross-entropy of the answer (nats)")
+    axes.set_title(title, parse_math=False)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     _save(figure, path)
@@ -145,7 +147,8 @@ def by_layer(
     for color, (name, accuracies) in zip(("#0072B2", "#D55E00", "#009E73"), lines.items(), strict=False):
         axes.plot(range(len(accuracies)), accuracies, marker="o", markersize=3, color=color, label=name)
         axes.axhline(without[name], linestyle="--", linewidth=1, color=color, label=f"{name}, without")
-    axes.set(xlabel="layer the vector is added after", ylabel="first-token accuracy", ylim=(-0.02, 1), title=title)
+    axes.set(xlabel="layer the vector is added after", ylabel="first-token accuracy", ylim=(-0.02, 1))
+    axes.set_title(title, parse_math=False)
     axes.legend(fontsize=8)
     _save(figure, path)
 
@@ -167,9 +170,10 @@ def scores(path: str | Path, values: Mapping[str, Mapping[str, Sequence[float]]]
             names.append(f"{task}: {way}" if len(values) > 1 else way)
             at += 1
         at += 0.6
-    axes.set_yticks(ticks, names)
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.invert_yaxis()
-    axes.set(xlabel=label, title=title)
+    axes.set(xlabel=label)
+    axes.set_title(title, parse_math=False)
     axes.set_xlim(left=0, right=1 if "accuracy" in label else None)
     _save(figure, path)
 
@@ -187,7 +191,8 @@ def faithfulness(
     if band is not None:
         axes.fill_between(sizes, band[0], band[1], color=COLORS[0], alpha=0.2, linewidth=0)
     axes.axhline(1, linestyle="--", linewidth=1, color="#999999")
-    axes.set(xlabel="share of the items kept", ylabel="faithfulness", xscale="log", title=title)
+    axes.set(xlabel="share of the items kept", ylabel="faithfulness", xscale="log")
+    axes.set_title(title, parse_math=False)
     _save(figure, path)
 
 
@@ -204,7 +209,8 @@ def scaling(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[float]]
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
-    axes.set(xlabel="examples behind the mean activations", ylabel="accuracy", ylim=(-0.02, 1.02), title=title)
+    axes.set(xlabel="examples behind the mean activations", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axes.set_title(title, parse_math=False)
     axes.legend(frameon=False)
     _save(figure, path)
 

@@ -92,13 +92,14 @@ def circuit(
             ranking = verb(lm, positions="together", **given)
         more = dict(by=by, progress=not quiet, **asked(held_out))
         curve = engine.circuits.faithfulness(lm, held_out.prompts, ranking, **more)
-        low, high = curve.interval()
+        intervals: Any = zip(*curve.interval(), strict=True) if count > 1 else [()] * len(curve.sizes)  # one has none
         table = Table(title=f"{task}: faithfulness of circuits, CPR {curve.cpr:.2f}, CMD {curve.cmd:.2f}")
-        for column in ("kept", "items", "logit difference", "faithfulness", "95% interval"):
+        for column in ("kept", "items", "logit difference", "faithfulness", *["95% interval"] * (count > 1)):
             table.add_column(column, justify="right")
-        rows = zip(curve.sizes, curve.counts, curve.metric.mean(dim=0), curve.faithfulness, low, high, strict=True)
-        for size, items, metric, share, least, most in rows:
-            table.add_row(f"{size:.1%}", str(items), f"{metric:.2f}", f"{share:.2f}", f"{least:.2f} to {most:.2f}")
+        rows = zip(curve.sizes, curve.counts, curve.metric.mean(dim=0), curve.faithfulness, intervals, strict=True)
+        for size, items, metric, share, ends in rows:
+            told = [" to ".join(f"{end:.2f}" for end in ends)] if ends else []
+            table.add_row(f"{size:.1%}", str(items), f"{metric:.2f}", f"{share:.2f}", *told)
         out.print(table)
         out.print(f"first: {', '.join(curve.items[:10])}", highlight=False)
         ranking.save(folder / "ranking.safetensors")

@@ -6,11 +6,12 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from engine import tasks
 from engine.answers.steps import Patched
@@ -29,8 +30,10 @@ PatchedTokens: TypeAlias = Annotated[
 ]
 Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", help="No progress lines.")]
 
-out = Console()
-note = Console(stderr=True)
+# What is printed is text of users, models and files, tables included: brackets and colons in it are no markup.
+PLAIN: dict[str, Any] = dict(markup=False, emoji=False)
+out = Console(**PLAIN)
+note = Console(stderr=True, **PLAIN)
 
 
 def say(line: str) -> None:
@@ -50,7 +53,8 @@ def plain_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, IndexError, OSError, ImportError, LostRankError) as error:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        Console(stderr=True).print(f"{rank}[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        told = Text.assemble(rank, ("error:", "red"), f" {error}")
+        Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

@@ -129,7 +129,10 @@ class Faithfulness:
     def load(cls, path: str | Path) -> Faithfulness:
         """Read what was saved. Raises FileNotFoundError; ValueError for another file."""
         tensors, described = load_tensors(path, ("metric", "full", "empty"))
-        return cls(**{**tensors, **described})
+        try:
+            return cls(**{**tensors, **described})
+        except TypeError as error:
+            raise ValueError(f"{path} holds no faithfulness as it is saved: {error}") from error
 
     def _area(self, height: Float[Tensor, " sizes"]) -> float:
         if len(self.sizes) < 2:

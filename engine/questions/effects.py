@@ -290,21 +290,24 @@ class Effects:
     def load(cls, path: str | Path) -> Effects:
         """Read saved effects, bit by bit what was saved. Raises FileNotFoundError; ValueError for another file."""
         tensors, described = load_tensors(path, ("patched", "clean"))
-        named = described["groups"]
-        masked = described.get("masks", named is not None)
-        more = load_tensors(path, ("reference",) * described["reference"] + ("groups",) * masked)[0]
-        groups = dict(zip(named, more["groups"], strict=True)) if masked else named
-        return cls(
-            tensors["patched"],
-            tensors["clean"],
-            more.get("reference"),
-            groups,
-            described["positions"],
-            described["metric"],
-            described["metadata"],
-            described.get("site", "z"),
-            described.get("tokens"),
-        )
+        try:
+            named = described["groups"]
+            masked = described.get("masks", named is not None)
+            more = load_tensors(path, ("reference",) * described["reference"] + ("groups",) * masked)[0]
+            groups = dict(zip(named, more["groups"], strict=True)) if masked else named
+            return cls(
+                tensors["patched"],
+                tensors["clean"],
+                more.get("reference"),
+                groups,
+                described["positions"],
+                described["metric"],
+                described["metadata"],
+                described.get("site", "z"),
+                described.get("tokens"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no effects as they are saved: {error!r}") from error
 
     @property
     def _dimensions(self) -> list[str]:

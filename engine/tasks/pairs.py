@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ class Pair(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The pairs of a task in three parts that share none."""
+    """The pairs of a task in three parts that share no input."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -45,11 +47,17 @@ class Task:
     pairs: tuple[Pair, ...]
 
     def split(self, seed: Integer = 0) -> Split:
-        """Half to train on, a fifth to validate, the rest to test; shuffled by the seed."""
-        pairs = list(self.pairs)
-        random.Random(read_seed(seed)).shuffle(pairs)
-        first, second = round(0.5 * len(pairs)), round(0.7 * len(pairs))
-        return Split(pairs[:first], pairs[first:second], pairs[second:])
+        """Half to train on, a fifth to validate, the rest to test; shuffled by the seed.
+
+        It is inputs that are divided: several pairs of one stay together, so that none is asked that was shown.
+        """
+        of_input: dict[str, list[Pair]] = {}
+        for pair in self.pairs:
+            of_input.setdefault(pair.input, []).append(pair)
+        groups = list(of_input.values())
+        random.Random(read_seed(seed)).shuffle(groups)
+        first, second = round(0.5 * len(groups)), round(0.7 * len(groups))
+        return Split(*(list(chain(*part)) for part in (groups[:first], groups[first:second], groups[second:])))
 
     @staticmethod
     def prompt(shots: Sequence[Pair], query: str) -> str:
@@ -61,7 +69,7 @@ class Task:
     def few_shot(
         self, pairs: Sequence[Pair], shots: Integer, count: Integer, seed: Integer = 0, shuffled: bool = False
     ) -> list[Example]:
-        """`count` prompts of `shots` demonstrations each; a query is never among its own demonstrations.
+        """`count` prompts of `shots` demonstrations each, none of which has the query's input.
 
         shuffled: the demonstrations' answers are permuted, so that they do not show the task.
         """
@@ -72,7 +80,12 @@ class Task:
             )
         draw = random.Random(read_seed(seed))
         drawn = [draw.sample(list(pairs), shots + 1) for _ in range(count)]
-        return [self.example(query, _shuffled(shots, draw) if shuffled else shots) for *shots, query in drawn]
+        examples = []
+        for *shown, query in drawn:
+            if any(shot.input == query.input for shot in shown):
+                shown = draw.sample(self._others(pairs, query, shots), shots)
+            examples.append(self.example(query, _shuffled(shown, draw) if shuffled else shown))
+        return examples
 
     def queries(
         self,
@@ -82,16 +95,23 @@ class Task:
         seed: Integer = 0,
         shuffled: bool = False,
     ) -> list[Example]:
-        """Each of `pairs` as a query after `shots` demonstrations drawn from others; shuffled as in `few_shot`."""
+        """Each of `pairs` as a query after `shots` demonstrations of other inputs; shuffled as in `few_shot`."""
         shots, draw = read_int(shots, "shots", 0), random.Random(read_seed(seed))
         examples = []
         for query in pairs:
-            others = [d for d in demonstrations if d != query]
-            if len(others) < shots:
-                raise ValueError(f"{shots} shots need as many pairs, task {self.name!r} has {len(others)} here")
-            drawn = draw.sample(others, shots)
+            drawn = draw.sample(self._others(demonstrations, query, shots), shots)
             examples.append(self.example(query, _shuffled(drawn, draw) if shuffled else drawn))
         return examples
+
+    def _others(self, demonstrations: Sequence[Pair], query: Pair, shots: int) -> list[Pair]:
+        """The pairs of other inputs than a query's. Raises ValueError for fewer than are to be shown."""
+        others = [pair for pair in demonstrations if pair.input != query.input]
+        if len(others) < shots:
+            raise ValueError(
+                f"{shots} shots need as many pairs of other inputs than {query.input!r}, "
+                f"task {self.name!r} has {len(others)} here"
+            )
+        return others
 
 
 def _shuffled(shots: Sequence[Pair], draw: random.Random) -> list[Pair]:
@@ -101,6 +121,8 @@ def _shuffled(shots: Sequence[Pair], draw: random.Random) -> list[Pair]:
 
 def load(name: str | Path) -> Task:
     """A shipped task by name (of `SHIPPED`), or a JSONL file of {"input": ..., "output": ...} lines.
+
+    Lines that repeat a pair are left out, with a warning.
 
     Raises FileNotFoundError for an unknown name or missing file, ValueError naming the line that is broken.
 
@@ -112,10 +134,20 @@ def load(name: str | Path) -> Task:
         raise FileNotFoundError(
             f"no task {str(name)!r}: expected one of {', '.join(SHIPPED)}, or a JSONL file of pairs"
         )
-    lines = path.read_text(encoding="utf-8").split("\n")
-    pairs = tuple(_pair(line, path, number) for number, line in enumerate(lines, start=1) if line.strip())
-    if len(pairs) < 10:
-        raise ValueError(f"{path} has {len(pairs)} pairs: a task needs at least 10 to be split")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {number}: expected UTF-8, got {error}") from error
+    numbered = [(_pair(line, path, number), number) for number, line in enumerate(lines, start=1) if line.strip()]
+    pairs = tuple(dict.fromkeys(pair for pair, _ in numbered))
+    if len(pairs) < len(numbered):
+        first = {pair: number for pair, number in reversed(numbered)}
+        again = [number for pair, number in numbered if number != first[pair]]
+        warnings.warn(f"{path}: lines left out because they repeat a pair: {again}", stacklevel=3)
+    inputs = len({pair.input for pair in pairs})
+    if inputs < 10:
+        raise ValueError(f"{path} has {len(pairs)} pairs of {inputs} inputs: a task needs at least 10 to be split")
     return Task(path.stem, pairs)
 
 

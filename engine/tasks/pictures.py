@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL.Image import Image
 
 from engine.tasks.scoring import Example
 from models import Prompt
@@ -24,7 +27,8 @@ class Question:
     images:   PIL images or paths, in the order of their markers.
     answer:   as it follows the text: " red", with its space.
     answers:  of all annotators, for the VQA accuracy; () where only `answer` is right.
-    pictures: what the pictures are called: none of a query's is shown in its demonstrations. Default the paths.
+    pictures: what the pictures are called: none of a query's is shown in its demonstrations. Default the paths, and a
+              digest of each picture in memory.
 
     >>> from engine.tasks import Question
     >>> Question("<image>Which colour? Answer:", ("a.png",), " red").pictures
@@ -46,7 +50,15 @@ class Question:
         if not self.answer.strip():
             raise ValueError(f"the question has no answer: {self.text[:80]!r}")
         if not self.pictures:
-            object.__setattr__(self, "pictures", tuple(str(image) for image in self.images))
+            object.__setattr__(self, "pictures", tuple(map(_called, self.images)))
+
+
+def _called(image: Any) -> str:
+    """A path as it is; a picture in memory by what it shows, so that it is called the same in every process."""
+    if not isinstance(image, Image):
+        return str(image)
+    shown = repr((image.mode, image.size, image.getpalette())).encode()
+    return hashlib.sha256(shown + image.tobytes()).hexdigest()
 
 
 class Questions(NamedTuple):

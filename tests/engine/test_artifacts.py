@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -66,6 +67,55 @@ def test_slices_and_graphs_are_saved_as_plain_tensors(tmp_path):
     assert torch.equal(tensors["a"], source.T)
     assert torch.equal(tensors["b"], source[:, :2])
     assert metadata == {"k": 1}
+
+
+def test_tensors_that_share_memory(tmp_path):
+    whole = torch.arange(24.0).view(4, 6)
+    given = {"whole": whole, "again": whole, "rows": whole[1:3], "none": whole[:0], "column": whole[:, 0]}
+    save_tensors(tmp_path / "x", given, {})
+    tensors, _ = load_tensors(tmp_path / "x", tuple(given))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in given.items())
+
+
+def test_arrays_in_metadata(tmp_path):
+    given = {"int": np.int64(3), "float": np.float32(0.5), "bool": np.bool_(True), "list": [np.int32(1), np.eye(2)]}
+    save_tensors(tmp_path / "x", {}, given | {"tensor": torch.tensor([1, 2])})
+    wanted = {"int": 3, "float": 0.5, "bool": True, "list": [1, [[1.0, 0.0], [0.0, 1.0]]], "tensor": [1, 2]}
+    assert load_tensors(tmp_path / "x", ())[1] == wanted
+    with pytest.raises(TypeError, match=r"metadata must be JSON.*got set: \{1\}"):
+        save_tensors(tmp_path / "x", {}, {"set": {1}})
+    assert load_tensors(tmp_path / "x", ())[1] == wanted
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "ž" * 120, "[" * 240])
+def test_a_long_name(tmp_path, writing, name):
+    """Leaves no room in the name of a scratch file; one that a dead process left goes all the same."""
+    path = tmp_path / name
+    process = writing(path)
+    process.kill()
+    process.wait()
+    write_whole(path, "new")
+    assert os.listdir(tmp_path) == [name]
+    assert path.read_text() == "new"
+    assert not can_begin(path)
+
+
+def test_a_link_stays_a_link(tmp_path, writing):
+    """What it points to is written, which may lie on another disk; scratch files lie beside that."""
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "link", tmp_path / "disk" / "file"
+    link.symlink_to(file)
+    assert can_begin(link)
+    for said in ("old", "new"):
+        process = writing(link)
+        process.kill()
+        process.wait()
+        write_whole(link, said)
+        assert link.is_symlink()
+        assert file.read_text() == said
+        assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+        assert os.listdir(tmp_path / "disk") == ["file"]
+    assert not can_begin(link)
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])

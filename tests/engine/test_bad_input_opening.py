@@ -9,6 +9,7 @@ import transformers
 
 import engine
 import models
+from engine.tasks import Pair, Task
 from models import zoo
 
 
@@ -43,12 +44,35 @@ def test_broken_line_of_a_task(tmp_path, line):
     assert repr(line) in str(caught.value)
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_task_that_is_not_utf8(tmp_path, mark):
+    path = tmp_path / "task.jsonl"
+    lines = [json.dumps({"input": f"in{i}", "output": "café"}, ensure_ascii=False).encode() for i in range(20)]
+    lines[7] = lines[7].decode().encode("latin-1")
+    path.write_bytes(mark + b"\n".join(lines))
+    with pytest.raises(ValueError, match=r"task.jsonl, line 8: expected UTF-8, got .*0xe9"):
+        engine.tasks.load(path)
+
+
 @pytest.mark.parametrize("count", [0, 9])
 def test_task_of_too_few_pairs(tmp_path, count):
     path = tmp_path / "task.jsonl"
-    path.write_text('{"input": "a", "output": "b"}\n' * count)
+    path.write_text("".join(f'{{"input": "a{i}", "output": "b"}}\n' for i in range(count)))
     with pytest.raises(ValueError, match=f"has {count} pairs.*at least 10"):
         engine.tasks.load(path)
+
+
+def test_task_of_too_few_inputs(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text("".join(f'{{"input": "a{i % 9}", "output": "b{i}"}}\n' for i in range(20)))
+    with pytest.raises(ValueError, match=r"has 20 pairs of 9 inputs.*at least 10"):
+        engine.tasks.load(path)
+
+
+def test_demonstrations_of_no_other_input():
+    pairs = [Pair("hot", f"cold {i}") for i in range(5)]
+    with pytest.raises(ValueError, match=r"2 shots need as many pairs of other inputs than 'hot', task 'toy' has 0"):
+        Task("toy", tuple(pairs)).few_shot(pairs, shots=2, count=1)
 
 
 def test_too_few_pairs_for_the_shots():

@@ -5,12 +5,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
+from typer import Exit
 from typer.testing import CliRunner
 
 import engine
+import models
 from engine import TaskVector
-from engine.cli import app
+from engine.cli import app, console, plain_errors
 
 
 def run(*arguments):
@@ -140,6 +143,40 @@ def test_errors_are_one_line(tmp_path, monkeypatch, arguments, said):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize("said", ["expected [rows, 6], got [/tmp/x] and [red]", "no such file: a[/b].txt :smile:"])
+def test_an_error_is_told_whole(said, capsys):
+    """Brackets in it are no markup, whether rich knows the tag or not."""
+    with pytest.raises(Exit), plain_errors():
+        raise ValueError(said)
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_brackets_are_printed(tmp_path, monkeypatch, small_folder, capsys):
+    """In what users give and models answer: lines of progress, cells, titles and paths."""
+    words = "[/INST] [bold] [0, 1] :smile:"
+    lm = models.load(small_folder)
+    shape = (lm.shape.n_layers, lm.shape.n_heads)
+    means = torch.zeros(*shape, lm.shape.head_dim)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[0, 0] = True
+    path = tmp_path / "a[/b]" / "vector.safetensors"
+    TaskVector(mask, means, mask.float(), {"model": str(small_folder), "task": words, words: 1}).save(path)
+    result = run("info", path)
+    assert result.exit_code == 0, result.output
+    assert result.output.count(words) == 2
+    monkeypatch.setattr(engine, "generate", lambda _, prompts, **__: [words for _ in prompts])
+    result = run("apply", path, "[/a]", "--model", small_folder)
+    assert result.exit_code == 0, result.output
+    assert "[/a]" in result.output
+    assert result.output.count("[/INST]") == result.output.count("[bold]") == 2
+    capsys.readouterr()
+    console.say(words)
+    console.list_files(tmp_path / "a[/b]", ["[red].png"])
+    shown = capsys.readouterr()
+    assert shown.err == f"{words}\n"
+    assert shown.out.replace("\n", "").endswith("a[/b]/[red].png")
+
+
 def test_unwritable_out(tmp_path):
     """Said before the model is opened: nothing is computed for results that could not be kept."""
     (tmp_path / "file").write_text("")
@@ -187,3 +224,11 @@ def test_circuit(small_folder, tmp_path, rank):
     assert engine.circuits.Faithfulness.load(out / "curve.safetensors").cpr == results["cpr"]
     result = run("circuit", "--rank", "size", "--out", out)
     assert (result.exit_code, "--rank must be one of" in result.output) == (1, True)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_circuit_of_one_pair_has_no_interval(small_folder, tmp_path, count):
+    result = run("circuit", "--model", small_folder, "--count", count, "--out", tmp_path, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert ("interval" in result.output) == (count > 1)
+    assert (tmp_path / "results.json").exists()

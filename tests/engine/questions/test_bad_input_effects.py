@@ -2,10 +2,12 @@
 was expected.
 """
 
+import numpy as np
 import pytest
 import torch
 
 import engine
+from engine.artifacts import save_tensors
 from engine.questions.effects import Effects
 from engine.questions.metrics import METRICS, read_metric
 
@@ -182,3 +184,34 @@ def test_files(tmp_path):
     path.write_bytes(path.read_bytes()[:-7])
     with said(ValueError, "truncated"):
         Effects.load(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "lacking"),
+    [
+        ({"model": "tiny"}, "'groups'"),
+        ({"groups": None}, "'reference'"),
+        ([1], "list indices"),
+        (
+            {"groups": ["a"], "masks": False, "reference": False, "positions": None, "metric": "m", "metadata": {}},
+            "shape",
+        ),
+        ({"groups": ["a"], "reference": True}, "truncated"),
+    ],
+)
+def test_a_file_of_something_else(tmp_path, metadata, lacking):
+    """As a sweep's checkpoint: tensors of the same names, described in another way."""
+    path = tmp_path / "other.safetensors"
+    save_tensors(path, {"patched": PATCHED, "clean": CLEAN}, metadata)
+    with said(ValueError, "other.safetensors", "no effects", lacking):
+        Effects.load(path)
+    save_tensors(path, {"metric": PATCHED, "full": CLEAN, "empty": CLEAN}, metadata)
+    with said(ValueError, "other.safetensors", "no faithfulness"):
+        engine.circuits.Faithfulness.load(path)
+
+
+def test_positions_of_an_array(tmp_path):
+    effects = Effects(PATCHED[:, None], CLEAN, positions=np.array([4]), metadata={"seed": np.int64(3)})
+    effects.save(tmp_path / "e")
+    loaded = Effects.load(tmp_path / "e")
+    assert (loaded.positions, loaded.metadata) == ([4], {"seed": 3})

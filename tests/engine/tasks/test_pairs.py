@@ -87,3 +87,35 @@ def test_a_task_of_ones_own(tmp_path):
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
     for given in (path, str(path)):
         assert engine.tasks.load(given) == Task("mine", tuple(pairs))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_that_begins_with_a_byte_order_mark(tmp_path, end):
+    lines = [json.dumps({"input": f"ž {i}", "output": "out"}, ensure_ascii=False) for i in range(12)]
+    (tmp_path / "mine.jsonl").write_bytes(b"\xef\xbb\xbf" + end.join(lines).encode())
+    assert engine.tasks.load(tmp_path / "mine.jsonl").pairs == tuple(Pair(f"ž {i}", "out") for i in range(12))
+
+
+def test_lines_that_repeat_a_pair_are_left_out(tmp_path):
+    lines = [json.dumps({"input": f"in {i}", "output": "out"}) for i in range(12)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join([*lines, "", lines[3], lines[3]]))
+    with pytest.warns(UserWarning, match=r"mine.jsonl: lines left out because they repeat a pair: \[14, 15\]"):
+        found = engine.tasks.load(path)
+    assert found.pairs == tuple(Pair(f"in {i}", "out") for i in range(12))
+
+
+def test_several_pairs_of_one_input():
+    """They lie in one part of the split, and none demonstrates another."""
+    pairs = tuple(Pair(f"in {i % 10}", f"out {i}") for i in range(30))
+    task = Task("toy", pairs)
+    for seed in range(5):
+        split = task.split(seed)
+        assert sorted(pair for part in split for pair in part) == sorted(pairs)
+        assert [len({pair.input for pair in part}) for part in split] == [5, 2, 3]
+        assert [len(part) for part in split] == [15, 6, 9]
+        asked = [*task.few_shot(pairs, shots=6, count=30, seed=seed), *task.queries(pairs, pairs, shots=6, seed=seed)]
+        for prompt, _ in asked:
+            *shown, query = prompt.removesuffix("A:").split("\n\n")
+            assert len(shown) == 6
+            assert not any(shot.startswith(query) for shot in shown)

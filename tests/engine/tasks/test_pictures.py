@@ -1,6 +1,9 @@
 """Questions about pictures: their split, and prompts that never show the query's own picture."""
 
+from pathlib import Path
+
 import pytest
+from PIL import Image
 
 from engine import tasks
 from engine.tasks import PICTURES, PictureTask, Question
@@ -55,6 +58,16 @@ def test_split_is_by_pictures(task):
     assert sorted(q.text for part in split for q in part) == sorted(q.text for q in task.train)
     assert task.split(seed=3) == split
     assert task.split(seed=4) != split
+
+
+def test_pictures_in_memory_are_called_by_what_they_show():
+    """Not by where they lie, which differs from process to process and would change the split."""
+    red, same, other = (Image.new("RGB", (4, 4), colour) for colour in ("red", "red", "blue"))
+    names = [Question("<image> Colour:", (image,), " red").pictures for image in (red, same, other, red.convert("P"))]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    assert not any("0x" in name or "Image" in name for (name,) in names)
+    assert Question("<image> Colour:", (Path("a/b.png"),), " red").pictures == ("a/b.png",)
 
 
 def test_prompt():
