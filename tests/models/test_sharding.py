@@ -293,33 +293,21 @@ def main(root, which):
         dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def said(request, tmp_path_factory):
-    """What every process said of every check of some."""
-    root = tmp_path_factory.mktemp("parallel")
-    save(root, (*HEADS, "three", "gpt2", "llava"))
+# One test, lest each of pytest's processes start the ranks again.
+@pytest.mark.parametrize("which", ["some", pytest.param("other", marks=pytest.mark.slow)])
+def test_tensor_parallel(tmp_path, which):
+    """What every process says of every check of some: nothing."""
+    save(tmp_path, (*HEADS, "three", "gpt2", "llava"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(root), request.param], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
-    )
+    command += [str(tmp_path), which]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stdout + done.stderr
-    return [json.loads((root / f"said-{rank}.json").read_text()) for rank in range(RANKS)]
-
-
-@pytest.mark.parametrize(
-    ("said", "name"),
-    [
-        pytest.param(which, name, marks=[pytest.mark.slow] * (which == "other"), id=name)
-        for which in CHECKS
-        for name in CHECKS[which]
-    ],
-    indirect=["said"],
-)
-def test_tensor_parallel(said, name):
-    for rank, one in enumerate(said):
-        assert not one[name], f"process {rank}: {one[name]}"
+    said = [json.loads((tmp_path / f"said-{rank}.json").read_text()) for rank in range(RANKS)]
+    assert [one.keys() for one in said] == [CHECKS[which].keys()] * RANKS
+    wrong = {f"{name}, process {rank}": text for rank, one in enumerate(said) for name, text in one.items() if text}
+    assert not wrong, "\n\n".join(f"{name}: {text}" for name, text in wrong.items())
 
 
 # What needs one process only.
