@@ -52,7 +52,9 @@ def accuracy(answer: str, answers: Sequence[str]) -> float:
     >>> accuracy("The dog.", ["dog"] * 2 + ["cat"] * 8), accuracy("cats", ["dog"] * 2 + ["cat"] * 8)
     (0.6, 0.0)
     """
-    if not answers or isinstance(answers, str):
+    if not answers:
+        raise ValueError("the VQA accuracy needs the answers of annotators, got none")
+    if isinstance(answers, str):
         raise ValueError(f"the VQA accuracy needs a list of the answers of annotators, got {answers!r}")
     given, *right = (re.sub(r"[\n\t]", " ", text).strip() for text in (answer, *answers))
     if len(set(right)) > 1:
