@@ -123,11 +123,8 @@ def _probes(model: Model, prompts: Sequence[Prefix], limit: int) -> list[Prefix]
     """The longest of the prompts and, if it is text, one that is a token shorter."""
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     if longest.prompt.inputs or not model.generates:
-        return (
-            []
-            if why_not_split(longest.prompt, len(longest.tokens) - 1)
-            else [replace(longest, cache=KeyValues(), places=1)]
-        )
+        whole = why_not_split(longest.prompt, len(longest.tokens) - 1)
+        return [] if whole else [replace(longest, cache=KeyValues(), places=1)]
     ids, shortest = longest.tokens, min(SHORTEST, limit, model.shape.max_tokens)
     if len(ids) < shortest:
         ids = ids.repeat(shortest)[:shortest]

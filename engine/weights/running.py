@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,18 +174,24 @@ def installed(
     """Within: parameters are kept, and modules that run apart go through the call's gate."""
     outer = [name for name in apart if not any(name != o and (o == "" or name.startswith(f"{o}.")) for o in apart)]
     gated = [(name, module.get_submodule(name)) for name in outer]
-    before = [part.__dict__.get("forward") for _, part in gated]
     kept = {name: Kept.of(call, name, tensor) for name, tensor in base.items()}
-    with swapped(places(module), kept):
-        try:
-            for name, part in gated:
-                part.forward = partial(call.gate, name, part.forward)
-            yield
-        finally:
-            for (_, part), forward in zip(gated, before, strict=True):
-                part.__dict__.pop("forward", None)
-                if forward is not None:
-                    part.__dict__["forward"] = forward
+    with swapped(places(module), kept), through(call.gate, gated):
+        yield
+
+
+@contextmanager
+def through(gate: Callable[..., Any], parts: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Within: what calls one of the modules calls gate(name, its forward, ...)."""
+    before = [part.__dict__.get("forward") for _, part in parts]
+    try:
+        for name, part in parts:
+            part.forward = partial(gate, name, part.forward)
+        yield
+    finally:
+        for (_, part), forward in zip(parts, before, strict=True):
+            part.__dict__.pop("forward", None)
+            if forward is not None:
+                part.__dict__["forward"] = forward
 
 
 def run(module: nn.Module, args: Any, named: Any, composition: Composition, layout: Layout, way: Way) -> Any:

@@ -17,6 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.weights.running import through
+
 # Functions that pick rows by an index, and that place them by one.
 PICK = ("index_select", "gather", "take")
 PLACE = ("index_add", "index_copy", "index_reduce", "index_fill", "scatter", "scatter_add", "scatter_reduce", "put")
@@ -102,17 +104,8 @@ def watched(watch: Watch, apart: set[str]) -> Iterator[None]:
         for name, part in watch.module.named_modules()
         if name not in apart and next(part.parameters(), None) is not None
     ]
-    before = [part.__dict__.get("forward") for _, part in parts]
-    try:
-        for name, part in parts:
-            part.forward = partial(_pass, watch, name, part.forward)
-        with watch:
-            yield
-    finally:
-        for (_, part), forward in zip(parts, before, strict=True):
-            part.__dict__.pop("forward", None)
-            if forward is not None:
-                part.__dict__["forward"] = forward
+    with through(partial(_pass, watch), parts), watch:
+        yield
 
 
 def _pass(watch: Watch, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
