@@ -1,4 +1,4 @@
-"""Shapes and types of every call are checked while the tests run; tiny random models of several families.
+"""Shapes are checked while the tests run (tests/typechecking.py); tiny random models of several families.
 
 Tests of bad input (test_bad_input*.py) need the engine's own errors, which the checker would pre-empt: they run by
 themselves, `CHECK_TYPES=0 pytest`, as `make test` does.
@@ -14,15 +14,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.typechecking import shapes_checked
 
 torch.set_num_threads(1)
 
 CHECKED = os.environ.get("CHECK_TYPES", "1") != "0"
 collect_ignore_glob = ["*/test_bad_input*"] if CHECKED else ["test_*", "*/test_[!b]*", "*/test_b[!a]*"]
 
-with install_import_hook(["engine", "models"], "beartype.beartype") if CHECKED else nullcontext():
+with shapes_checked() if CHECKED else nullcontext():
     import engine
     import models
     from models import zoo

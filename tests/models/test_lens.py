@@ -12,6 +12,7 @@ from models import dense, lens
 from models.huggingface import HuggingFace
 from models.packed import Layout
 from models.tiny import IMAGE_TEXT, TEXT, image_marker, tiny, tiny_processor, tiny_tokenizer
+from tests.conftest import quick
 from tests.edits import on_z
 
 pytest.importorskip("transformer_lens")
@@ -65,7 +66,7 @@ def hooks(bridge):
     return sorted(id(handle) for point in points.values() for handle in (*point.fwd_hooks, *point.bwd_hooks))
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 7, 33])
+@pytest.mark.parametrize("n_tokens", quick([1, 2, 7, 33], 1, 33))
 @pytest.mark.parametrize("family", SUPPORTED)
 def test_agrees_with_naive(both, draw, random, family, n_tokens):
     model, reference = both(family)

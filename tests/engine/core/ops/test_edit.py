@@ -7,6 +7,7 @@ import torch
 
 import engine.core.ops.edit
 from engine.core.ops import edit_heads
+from tests.conftest import quick
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -64,7 +65,7 @@ def draw(rows, tokens, heads, head_dim, dtype, shared, random, mode="replace", p
 
 
 @both
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", quick(HEAD_DIMS, 1, 80, 128))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shared", [True, False])
