@@ -34,7 +34,7 @@ def heatmap(
         axes.scatter(layers, heads, s=9, c="white", edgecolors="black", linewidths=0.6, label="chosen")
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.set(xlabel="layer", ylabel="head")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(drawable(title), parse_math=False)
     axes.set_xticks(range(0, n_layers, max(1, n_layers // 10)))
     axes.set_yticks(range(0, n_heads, max(1, n_heads // 8)))
     figure.colorbar(image, ax=axes, label="probability", shrink=0.7)
@@ -133,7 +133,7 @@ def learning_curve(path: str | Path, losses: Sequence[float], title: str = "") -
     smooth = torch.tensor(losses, dtype=torch.float64).unfold(0, window, 1).mean(dim=1)
     axes.plot(range(window, len(losses) + 1), smooth, color="#253237", linewidth=2, label=f"mean of {window}")
     axes.set(xlabel="step", ylabel="cross-entropy of the answer (nats)")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(drawable(title), parse_math=False)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     _save(figure, path)
@@ -145,11 +145,11 @@ def by_layer(
     """Accuracy with a vector added after each layer, a line a kind of prompt; dashed: without the vector."""
     figure, axes = _figure(7.0, 3.6)
     for color, (name, accuracies) in zip(("#0072B2", "#D55E00", "#009E73"), lines.items(), strict=False):
-        axes.plot(range(len(accuracies)), accuracies, marker="o", markersize=3, color=color, label=name)
-        axes.axhline(without[name], linestyle="--", linewidth=1, color=color, label=f"{name}, without")
+        axes.plot(range(len(accuracies)), accuracies, marker="o", markersize=3, color=color, label=drawable(name))
+        axes.axhline(without[name], linestyle="--", linewidth=1, color=color, label=drawable(f"{name}, without"))
     axes.set(xlabel="layer the vector is added after", ylabel="first-token accuracy", ylim=(-0.02, 1))
-    axes.set_title(title, parse_math=False)
-    axes.legend(fontsize=8)
+    axes.set_title(drawable(title), parse_math=False)
+    _legend(axes, fontsize=8)
     _save(figure, path)
 
 
@@ -170,10 +170,10 @@ def scores(path: str | Path, values: Mapping[str, Mapping[str, Sequence[float]]]
             names.append(f"{task}: {way}" if len(values) > 1 else way)
             at += 1
         at += 0.6
-    axes.set_yticks(ticks, names, parse_math=False)
+    axes.set_yticks(ticks, [drawable(name) for name in names], parse_math=False)
     axes.invert_yaxis()
     axes.set(xlabel=label)
-    axes.set_title(title, parse_math=False)
+    axes.set_title(drawable(title), parse_math=False)
     axes.set_xlim(left=0, right=1 if "accuracy" in label else None)
     _save(figure, path)
 
@@ -192,7 +192,7 @@ def faithfulness(
         axes.fill_between(sizes, band[0], band[1], color=COLORS[0], alpha=0.2, linewidth=0)
     axes.axhline(1, linestyle="--", linewidth=1, color="#999999")
     axes.set(xlabel="share of the items kept", ylabel="faithfulness", xscale="log")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(drawable(title), parse_math=False)
     _save(figure, path)
 
 
@@ -204,15 +204,21 @@ def scaling(path: str | Path, curves: Mapping[str, Mapping[int, Sequence[float]]
         found = [torch.tensor(points[count], dtype=torch.float64) for count in counts]
         mean = torch.stack([one.mean() for one in found])
         spread = torch.stack([one.std() if len(one) > 1 else torch.zeros_like(one[0]) for one in found])
-        axes.plot(counts, mean, marker=marker, color=color, label=task)
+        axes.plot(counts, mean, marker=marker, color=color, label=drawable(task))
         axes.fill_between(counts, mean - spread, mean + spread, color=color, alpha=0.2, linewidth=0)
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.minorticks_off()
     axes.set(xlabel="examples behind the mean activations", ylabel="accuracy", ylim=(-0.02, 1.02))
-    axes.set_title(title, parse_math=False)
-    axes.legend(frameon=False)
+    axes.set_title(drawable(title), parse_math=False)
+    _legend(axes, frameon=False)
     _save(figure, path)
+
+
+def _legend(axes: Any, **style: Any) -> None:
+    """Names as they are: a dollar sign begins no formula."""
+    for text in axes.legend(**style).get_texts():
+        text.set_parse_math(False)
 
 
 def _figure(width: float, height: float, panels: int | None = None) -> tuple[Any, Any]:

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.answers.generation import NEW_TOKENS, generate
 from engine.answers.steps import Patched, read_steps
@@ -194,6 +196,8 @@ def _read_scorer(
         if by == "vqa":
             return vqa.accuracy(vqa.first_line(text), answers[n] if answers else [str(examples[n].answer).strip()])
         found = function(text, examples[n])
+        if isinstance(found, (np.generic, Tensor)) and found.ndim == 0:
+            found = found.item()
         if not isinstance(found, (int, float)) or not 0 <= found <= 1:
             raise ValueError(f"a scorer must give a number from 0 to 1, got {found!r} for the answer {text!r:.80}")
         return float(found)

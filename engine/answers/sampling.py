@@ -44,7 +44,10 @@ OTHERS = frozenset(
 )
 OFF: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_return_sequences": (1,), "temperature": (1.0,), "top_p": (1.0,), "top_k": (0,),
-    "typical_p": (1.0,), "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,),
+    "typical_p": (1.0,), "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,), "min_length": (0,),
+    "min_new_tokens": (0,), "length_penalty": (1.0,), "diversity_penalty": (0.0,), "num_beam_groups": (1,),
+    "encoder_repetition_penalty": (1.0,), "encoder_no_repeat_ngram_size": (0,), "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,), "guidance_scale": (1.0,),
 }  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from engine.tasks.pictures import PictureTask
 from engine.tasks.scoring import AT_ONCE
 from engine.tasks.vqa import accuracy, first_line
 from models import Model, PromptLike
+from models.reading import read_int
 from models.shapes import Bool, Float
 
 ANSWER_TOKENS = 10  # of a generated answer, and it ends with its line: appendix C of the paper
@@ -51,7 +52,7 @@ class Options:
     examples: such prompts, and examples that heads are searched on, as far as there are.
     steps:    of a search. queries: held-out questions, as far as there are.
 
-    Raises ValueError for sizes below one (shots: below zero).
+    Raises ValueError for sizes that are no integers, or below one (shots: below zero).
 
     >>> engine.experiments.Options(seeds=1).shots
     8
@@ -65,8 +66,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < (least := 0 if name == "shots" else 1):
-                raise ValueError(f"expected {name} >= {least}, got {name}={value}")
+            read_int(value, name, 0 if name == "shots" else 1)
 
 
 class Way(NamedTuple):

@@ -20,7 +20,7 @@ from engine.questions.metrics import check_scores
 from engine.questions.pages import Page
 from engine.questions.statistics import Correction, bootstrap, sign_flips, spearman
 from models import Site
-from models.reading import read_int
+from models.reading import read_int, read_tensor
 from models.shapes import Bool, Float, Integer
 
 if TYPE_CHECKING:
@@ -188,13 +188,14 @@ class Effects:
         return [self._units[i] for i in self._best(k, by)]
 
     def rank_correlation(self, other: Effects | Float[Tensor, "..."]) -> float:
-        """Spearman's correlation, over units, of the mean effects of two sweeps (or of a tensor of their shape).
+        """Spearman's correlation, over units, of the mean effects of two sweeps (or of an array of their shape).
 
         Raises ValueError for units that differ, fewer than two, or all of the same effect; ImportError without scipy.
         """
         if isinstance(other, Effects) and other._units != self._units:
             raise ValueError(f"both must have the same units: one is {self!r}, the other {other!r}")
-        return spearman(self.mean, other.mean if isinstance(other, Effects) else other.detach().cpu().double())
+        means = other.mean if isinstance(other, Effects) else torch.as_tensor(read_tensor(other, "effects"))
+        return spearman(self.mean, means.detach().cpu().double())
 
     def to_dataframe(self) -> pandas.DataFrame:
         """A row for each prompt and unit: prompt, position, layer and head, neuron or group, patched, clean, effect,

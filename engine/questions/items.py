@@ -50,7 +50,7 @@ class Items:
 
     @classmethod
     def of(cls, model: Model, ranking: Effects | Sequence[Effects], by: Ranking) -> Items:
-        """Raises ValueError for effects that are not of units or groups of units of this model."""
+        """Raises ValueError for effects that are not of units or groups of units of this model, or share units."""
         each = [ranking] if isinstance(ranking, Effects) else list(ranking)
         if not each or any(not isinstance(one, Effects) for one in each):
             raise ValueError(f"a ranking must be effects, of one sweep or several, got {ranking!r:.80}")
@@ -65,6 +65,7 @@ class Items:
                 raise ValueError(f"a ranking of edges must be of all {len(graph.edges)} edges of {model.name} alone")
             return cls((), (), torch.tensor(order), names, graph)
         units = [_units(model, one) for one in each]
+        _check_apart([one.site for one in each], units)
         return cls(tuple(one.site for one in each), tuple(units), torch.tensor(order), names)
 
     def first(self, count: int) -> Bool[Tensor, " items"]:
@@ -107,6 +108,18 @@ def _units(model: Model, effects: Effects) -> Units:
     if tuple(masks.shape[1:]) != (size.n_layers, size.units):
         raise ValueError(f"groups of {effects.site} must be masks {[size.n_layers, size.units]}: {effects!r}")
     return Units(size, masks, tuple(effects.groups))
+
+
+def _check_apart(sites: Sequence[Site], units: Sequence[Units]) -> None:
+    """Raises ValueError for a unit that several items have: kept by one, it would be ablated by another."""
+    times: dict[Site, Tensor] = {}
+    for site, one in zip(sites, units, strict=True):
+        here = existing(one.size).int()
+        times[site] = times.get(site, 0) + (here if one.masks is None else one.masks.int().sum(dim=0) * here)
+        if shared := (times[site] > 1).nonzero().tolist():
+            raise ValueError(
+                f"a unit must be in one item of a ranking, {shared[0]} (layer, unit) of {site} is in several"
+            )
 
 
 def _names(effects: Effects) -> list[str]:

@@ -1,5 +1,6 @@
 """Scores of whole answers: text against text, by hand; batched or one by one the same."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +51,9 @@ def test_a_function_of_ones_own_and_annotators(model, said):
     lengths = engine.evaluate(model, "x", examples, by=lambda text, example: len(text) / 10, max_new_tokens=5)
     assert lengths.scores == tuple(len(answer) / 10 for answer in answers)
     assert lengths.low <= lengths.accuracy <= lengths.high
+    for number in (np.float32(0.5), torch.tensor(0.5), np.int64(1), True):
+        scored = engine.evaluate(model, "x", examples, by=lambda *_, found=number: found, max_new_tokens=5)
+        assert set(scored.scores) == {float(number)}
     annotators = [[answer.strip()] * 2 + ["else"] * 8 for answer in answers]
     vqa = engine.evaluate(model, "x", examples, by="vqa", answers=annotators, max_new_tokens=5)
     assert all(score == pytest.approx(0.6) for score in vqa.scores)

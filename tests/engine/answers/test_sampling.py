@@ -20,6 +20,8 @@ TEXTS = ["Q: hot\nA:", "Q: big\nA: small\n\nQ: up\nA:"]
         dict(no_repeat_ngram_size=1),
         dict(repetition_penalty=1.5, do_sample=True, top_k=1),
         dict(do_sample=True, temperature=0.5, top_p=1e-6),
+        # What says "off" in so many words, as configs of hubs do.
+        dict(repetition_penalty=5.0, length_penalty=1.0, min_length=0, diversity_penalty=0.0, epsilon_cutoff=0.0),
     ],
 )
 def test_as_transformers_where_nothing_is_left_to_chance(tiny, kind, settings):

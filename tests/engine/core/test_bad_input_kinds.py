@@ -58,6 +58,12 @@ def test_a_model_of_an_experiment_that_was_not_wrapped(tmp_path):
         engine.experiments.run("main", zoo.tiny("llama"), [tasks.load("antonyms")], sizes, folder=tmp_path)
 
 
+@pytest.mark.parametrize("sizes", [dict(seeds=1.5), dict(steps=0), dict(shots=-1), dict(queries=True)])
+def test_sizes_of_an_experiment(sizes):
+    with pytest.raises(ValueError, match=f"{next(iter(sizes))} must be .* integer"):
+        engine.experiments.Options(**sizes)
+
+
 @verbs
 @pytest.mark.parametrize("given", [zoo.tiny("llama"), "smollm2-135m", None], ids=["transformers", "name", "none"])
 def test_a_model_that_was_not_wrapped(verb, given):

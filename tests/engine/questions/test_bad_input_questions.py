@@ -130,6 +130,12 @@ RANKED = engine.Effects(torch.rand(2, 3, 6), torch.zeros(2))
             {},
             ["[3, 2]"],
         ),
+        ([RANKED, RANKED], {}, ["in one item", "[0, 0] (layer, unit) of z is in several"]),
+        (
+            engine.Effects(torch.rand(2, 2), torch.zeros(2), groups=dict.fromkeys("ab", torch.ones(3, 6).bool())),
+            {},
+            ["in one item", "is in several"],
+        ),
         (RANKED, dict(sizes=(0.5, 0.1)), ["sizes must be shares", "ascending"]),
         (RANKED, dict(sizes=(0.5, 50)), ["sizes must be shares"]),
         (RANKED, dict(sizes=()), ["sizes must be shares"]),

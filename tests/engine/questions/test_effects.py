@@ -207,5 +207,6 @@ def test_rank_correlation(effects):
     assert effects.rank_correlation(other) == pytest.approx(want)
     assert abs(want) < 0.9
     assert effects.rank_correlation(other.mean.float()) == pytest.approx(want)
+    assert effects.rank_correlation(other.mean.numpy()) == pytest.approx(want)
     assert effects.rank_correlation(effects.mean**3) == pytest.approx(1)
     assert effects.rank_correlation(-effects.mean) == pytest.approx(-1)

@@ -247,17 +247,17 @@ def test_packages_that_are_missing(effects, tmp_path, monkeypatch, module, call,
 
 
 def test_dollars_in_titles_are_no_mathematics(tmp_path):
-    """Nor in the names of tasks beside bars."""
+    """Nor in the names of tasks beside bars, or of lines in legends."""
     title, path, values = "cost $x_{$ y", tmp_path / "a.png", torch.tensor([[0.5, 1.0]])
     effects = Effects(torch.tensor([[[0.5, 1.0]]]), torch.zeros(1))
     for draw in (
         lambda: effects.heatmap(path, 1, title=title),
         lambda: plots.heatmap(path, values, title=title),
         lambda: plots.learning_curve(path, [1.0, 0.5], title),
-        lambda: plots.by_layer(path, {"zero-shot": [0.5, 1.0]}, {"zero-shot": 0.1}, title),
+        lambda: plots.by_layer(path, {title: [0.5, 1.0]}, {title: 0.1}, title),
         lambda: plots.scores(path, {title: {"MTV": [0.5]}, "b": {"MTV": [0.5]}}, "accuracy", title),
         lambda: plots.faithfulness(path, [0.1, 1.0], values[0], title=title),
-        lambda: plots.scaling(path, {"a": {1: [0.5], 2: [0.5]}}, title),
+        lambda: plots.scaling(path, {title: {1: [0.5], 2: [0.5]}}, title),
     ):
         draw()
         assert path.read_bytes().startswith(b"\x89PNG")
