@@ -266,7 +266,7 @@ def test_refused_by_all(tmp_path):
     [
         ("dead", 3, "rank 1 of 3 is gone"),
         pytest.param("computing", 2, "rank 1 of 2 is gone", marks=pytest.mark.slow),
-        ("failed", 2, "rank 1 of 2 failed (MemoryError: not enough of it)"),
+        pytest.param("failed", 2, "rank 1 of 2 failed (MemoryError: not enough of it)", marks=pytest.mark.slow),
         ("late", 2, "rank 1 of 2 gave no answer in time"),
     ],
 )
