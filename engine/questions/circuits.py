@@ -192,8 +192,8 @@ def faithfulness(
     positions: tokens at which items are ablated. Default: all.
     The other arguments are those of `engine.sweep`. All sizes of a prompt are rows of one pass.
 
-    Raises ValueError before anything runs for a ranking by positions or of names, sizes that do not ascend within 0 to
-    1, and what `engine.sweep` refuses.
+    Raises ValueError before anything runs for a ranking by positions, of names, or of items that share units (it would
+    not say whether one is kept), sizes that do not ascend within 0 to 1, and what `engine.sweep` refuses.
 
     Source: faithfulness, CPR and CMD of MIB (arXiv 2504.13151), section 3; faithfulness of nodes, Interpretability in
     the Wild (arXiv 2211.00593), section 4.
