@@ -36,6 +36,7 @@ def test_walkthrough(tmp_path):
     assert float(steered[1]) > float(without[2])  # the intervals of the two accuracies lie apart
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_circuits(tmp_path):
     lines, pictures = run("circuits.ipynb", tmp_path, count=4)

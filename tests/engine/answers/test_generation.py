@@ -7,7 +7,7 @@ import engine
 import models
 from models import zoo
 from models.calls import Passing
-from tests.conftest import FAMILIES, KINDS, PACKED
+from tests.conftest import FAMILIES, KINDS, PACKED, quick
 from tests.edits import after, on_z
 
 TEXTS = ["Q: hot\nA:", "a", "Q: big\nA: small\n\nQ: up\nA:"]
@@ -291,7 +291,7 @@ def test_fills_the_context_to_the_last_token(model):
     assert len(engine.generate(model, "a" * 120, max_new_tokens=8)) == 8
 
 
-@pytest.mark.parametrize("strategy", ["auto", "expanded"])
+@pytest.mark.parametrize("strategy", quick(["auto", "expanded"], "auto"))
 def test_unpatched_real_model_answers_as_transformers(smollm2, strategy):
     prompt = "Q: hot\nA: cold\n\nQ: big\nA: small\n\nQ: up\nA:"
     ids = smollm2.encode(prompt)[None]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import models
 from engine.tasks import CONTRASTS, Contrast
 from models import zoo
-from tests.conftest import engine
+from tests.conftest import engine, quick
 
 COUNT = 40
 PLACES = {
@@ -154,7 +154,7 @@ def test_same_length(smollm2, name):
     assert lengths == {pairs.positions["end"][0] + 1}
 
 
-@pytest.mark.parametrize("name", CONTRASTS)
+@pytest.mark.parametrize("name", quick(CONTRASTS, "ioi", "agreement"))
 def test_smollm2_can_do_it(smollm2, drawn, name):
     """By transformers alone: the clean prompts are answered, the corrupted ones less or the other way."""
     pairs = drawn(name).take(range(8))
